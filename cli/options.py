@@ -1,0 +1,120 @@
+"""Options that several commands share, and the values they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Fraction(click.ParamType):
+    """A budget: what may remain, more than 0 and at most 1."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the number, or say what a budget is."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number <= 1.0:  # false for nan as well
+            self.fail(
+                f"{value!r} is no budget: give what may remain, more than 0 and at most 1, as in 0.5",
+                param,
+                ctx,
+            )
+        return number
+
+
+class Number(click.ParamType):
+    """A finite number above zero."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the number, or say what is wrong with it."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number < math.inf:
+            self.fail(f"{value!r} is not a number above zero", param, ctx)
+        return number
+
+
+class Reference(click.ParamType):
+    """A function by place and name: `file.py:name` or `package.module:name`."""
+
+    name = "file.py:name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the form; the file is read when it is needed."""
+        place, _, name = str(value).rpartition(":")
+        if not place or not name.isidentifier():
+            self.fail(f"{value!r} does not name a function: write file.py:name or package.module:name", param, ctx)
+        return str(value)
+
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+COUNT = click.IntRange(min=1)
+
+
+def stack(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Join options into one decorator; help lists them in this order."""
+
+    def apply(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+# How a model file becomes a program.
+loading = stack(
+    click.option(
+        "--arch",
+        type=Reference(),
+        help="For a state dict: the function that builds the module, and may return "
+        "(module, example_inputs[, dynamic_axes]).",
+    ),
+    click.option(
+        "--trust",
+        is_flag=True,
+        help="Load a pickled module or a .pt2, which can run any code from the file.",
+    ),
+    click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        metavar="NAME=TYPE[DIMS]",
+        help="An example input where the file has none, as x=float32[b,3,224,224]; letters are axes that "
+        "stay dynamic. Repeatable.",
+    ),
+)
+
+data = click.option(
+    "--data",
+    metavar="DATA",
+    help="Examples to score and fine-tune with: an .npz with x and y, a folder of images with one folder per "
+    "class, file.py:function (which runs it), glyphs:COUNT or digits. Without it the scores are data-free and "
+    "nothing is fine-tuned.",
+)
+
+measuring = stack(
+    click.option("--threads", type=COUNT, help="Threads of ONNX Runtime when it is measured. [default: 1]"),
+    click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size when it is measured."),
+)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+force = click.option("-f", "--force", is_flag=True, help="Replace output files that exist.")

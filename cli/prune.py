@@ -1,0 +1,207 @@
+"""`kfe-fx prune`: a trained network under a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kfe_fx.cli import options, output, targets
+
+SUFFIXES = (".pruned.onnx", ".pruned.pt", ".pruned.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call of the library, as the command line spelled it."""
+
+    model: Path
+    folder: Path
+    force: bool
+    as_json: bool
+    quiet: bool
+    loading: dict[str, Any]  # arch, trust, inputs
+    data: str | None
+    val: str | None
+    evaluate: str | None
+    loss: str | None
+    settings: dict[str, Any]  # budget, metric, criterion, ... handed on as they are
+
+
+def check_targets(job: Job) -> None:
+    """Refuse what cannot be written before any work is done."""
+    targets.require_model(job.model)
+    targets.require_folder(job.folder, make=True)
+    wanted = [job.folder / f"{job.model.stem}{suffix}" for suffix in SUFFIXES]
+    inputs = [Path(p) for p in (job.model, job.data, job.val) if p]
+    targets.require_free(wanted, sources=inputs, force=job.force)
+
+
+def load_examples(spec: str | None) -> Any:
+    """Load what --data or --val names, or None."""
+    if spec is None:
+        return None
+    from kfe_fx.data import load_data
+
+    return load_data(spec)
+
+
+def load_callable(reference: str | None) -> Any:
+    """Load the function that --loss or --eval names, or None."""
+    if reference is None:
+        return None
+    from kfe_fx.frontend.load import load_function
+
+    return load_function(reference)
+
+
+def run(job: Job) -> None:
+    """Prune, write the three files, and show what became of the network."""
+    check_targets(job)
+    if job.settings["budget"] == 1.0:
+        text = "nothing to do: a budget of 1 keeps the whole network; no file was written"
+        if job.as_json:
+            output.show_json({"model": job.model, "budget": 1.0, "modified": False, "note": text, "files": {}})
+        elif not job.quiet:
+            click.echo(text)
+        return
+
+    import kfe_fx
+
+    data = load_examples(job.data)
+    program = kfe_fx.load(job.model, data=data, **job.loading)
+    with output.progress(quiet=job.quiet) as report:
+        result = kfe_fx.prune(
+            program,
+            data=data,
+            val=load_examples(job.val),
+            evaluate=load_callable(job.evaluate),
+            loss=load_callable(job.loss),
+            progress=report,
+            **job.settings,
+        )
+        paths = result.write(job.folder, job.model.stem, force=job.force)
+    show(job, result, paths)
+
+
+def show(job: Job, result: Any, paths: Any) -> None:
+    """Print the certificate, as a table or as JSON."""
+    if job.as_json:
+        output.show_json({"model": job.model, "modified": True, "files": paths, **result.certificate.to_json()})
+    elif not job.quiet:
+        output.show_table(result.certificate.table(), ("", "before", "after"), numbers=(1, 2))
+        for path in paths:
+            click.echo(f"wrote {path}")
+
+
+@click.command("prune")
+@options.MODEL
+@click.option(
+    "--budget",
+    type=options.Fraction(),
+    required=True,
+    help="What may remain of the metric, as a fraction: 0.5 is half. 1 is nothing to do.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["latency", "macs", "params", "widths"]),
+    default="latency",
+    show_default=True,
+    help="What the budget is of: measured ONNX Runtime latency, multiply-accumulates, parameters, or the "
+    "width of every layer.",
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(["fisher", "taylor", "magnitude", "random"]),
+    default="fisher",
+    show_default=True,
+    help="How a unit is scored.",
+)
+@options.data
+@click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded part of --data is held out.")
+@click.option(
+    "--eval",
+    "evaluate",
+    type=options.Reference(),
+    help="A function (module, data) -> float to report instead of accuracy; larger is better.",
+)
+@click.option(
+    "--loss",
+    type=options.Reference(),
+    help="A function (output, target) -> loss. Default: cross-entropy for integer targets, mean square for floats.",
+)
+@click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none.")
+@click.option("--lr", type=options.Number(), help="Learning rate of the fine-tuning.")
+@click.option("--batch-size", type=options.COUNT, default=64, show_default=True, help="Of the fine-tuning.")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
+@click.option("--rounds", type=options.COUNT, help="Rounds of pruning, with fine-tuning between them.")
+@click.option(
+    "--multiple-of",
+    type=options.COUNT,
+    help="Keep widths at multiples of this. Default: the smallest step that measures faster on this machine.",
+)
+@options.measuring
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave these layers alone, as 'head' or 'layer4.*'. Repeatable.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    metavar="DIR",
+    help="Where the three files go. [default: the current folder]",
+)
+@options.force
+@options.loading
+@options.as_json
+@options.quiet
+def command(
+    *,
+    model: Path,
+    folder: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    arch: str | None,
+    trust: bool,
+    inputs: tuple[str, ...],
+    data: str | None,
+    val: str | None,
+    evaluate: str | None,
+    loss: str | None,
+    **settings: Any,
+) -> None:
+    """Make a trained network smaller until it meets a budget.
+
+    Writes MODEL.pruned.onnx, MODEL.pruned.pt and MODEL.pruned.json: the network for ONNX Runtime, the same
+    as a checkpoint that can be trained on, and the plan with the proof. MODEL is never touched.
+
+    \b
+    Examples:
+      kfe-fx prune model.pt --budget 0.5
+      kfe-fx prune model.pt --budget 0.3 --data train.npz --epochs 5 -o out
+      kfe-fx prune weights.pt --arch net.py:build --budget 0.5 --metric macs
+    """
+    run(
+        Job(
+            model=model,
+            folder=folder,
+            force=force,
+            as_json=as_json,
+            quiet=quiet,
+            loading={"arch": arch, "trust": trust, "inputs": inputs},
+            data=data,
+            val=val,
+            evaluate=evaluate,
+            loss=loss,
+            settings=settings,
+        )
+    )

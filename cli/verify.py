@@ -1,0 +1,33 @@
+"""`kfe-fx verify`: are the files those that prune wrote, and do they still compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kfe_fx.cli import options, output
+
+
+@click.command("verify")
+@click.argument("certificate", type=click.Path(path_type=Path))
+@options.as_json
+@options.quiet
+def command(*, certificate: Path, as_json: bool, quiet: bool) -> None:
+    """Check what prune wrote: the files by their hashes, the ONNX against the checkpoint.
+
+    CERTIFICATE is the MODEL.pruned.json, or the folder it is in. A set of files without its certificate was
+    never finished, and a file that does not match it was changed: both are exit code 5.
+
+    \b
+    Examples:
+      kfe-fx verify out/model.pruned.json
+      kfe-fx verify out
+    """
+    import kfe_fx
+
+    report = kfe_fx.verify(certificate)
+    if as_json:
+        output.show_json(report.to_json())
+    elif not quiet:
+        output.show_table(report.table(), ("check", "result", ""))

@@ -1,0 +1,97 @@
+"""kfe-fx: a compiler for trained networks.
+
+It reads a PyTorch model, makes it physically smaller under a budget of real run time, and writes an ONNX
+file that is proved to compute the same thing:
+
+    import kfe_fx
+
+    program = kfe_fx.capture(module, example_inputs)
+    result = kfe_fx.prune(program, budget=0.5, data=(inputs, targets))
+    kfe_fx.export(result.program, "model.onnx")
+
+Names are loaded when they are first used, so that importing kfe_fx costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kfe_fx.errors import (
+    BadData,
+    BadFile,
+    InfeasibleBudget,
+    KfeError,
+    MissingDependency,
+    PlanError,
+    UnsupportedModel,
+    UsageError,
+    VerificationFailed,
+)
+
+if TYPE_CHECKING:
+    from kfe_fx.format import save as save
+    from kfe_fx.frontend.capture import capture as capture
+    from kfe_fx.frontend.load import load_program as load
+    from kfe_fx.labels import analyze as analyze
+    from kfe_fx.passes.prune import PruneResult as PruneResult
+    from kfe_fx.passes.prune import prune as prune
+    from kfe_fx.plan import Plan as Plan
+    from kfe_fx.program import Program as Program
+    from kfe_fx.runtime.onnx_file import export as export
+    from kfe_fx.runtime.verify import verify as verify
+
+__version__ = "0.1.0"
+
+# public name -> "module:attribute"
+_LAZY = {
+    "Plan": "kfe_fx.plan:Plan",
+    "Program": "kfe_fx.program:Program",
+    "PruneResult": "kfe_fx.passes.prune:PruneResult",
+    "analyze": "kfe_fx.labels:analyze",
+    "capture": "kfe_fx.frontend.capture:capture",
+    "export": "kfe_fx.runtime.onnx_file:export",
+    "load": "kfe_fx.frontend.load:load_program",
+    "prune": "kfe_fx.passes.prune:prune",
+    "save": "kfe_fx.format:save",
+    "verify": "kfe_fx.runtime.verify:verify",
+}
+
+__all__ = [
+    "BadData",
+    "BadFile",
+    "InfeasibleBudget",
+    "KfeError",
+    "MissingDependency",
+    "Plan",
+    "PlanError",
+    "Program",
+    "PruneResult",
+    "UnsupportedModel",
+    "UsageError",
+    "VerificationFailed",
+    "__version__",
+    "analyze",
+    "capture",
+    "export",
+    "load",
+    "prune",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it, once."""
+    try:
+        module, attribute = _LAZY[name].split(":")
+    except KeyError:
+        raise AttributeError(f"module 'kfe_fx' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List what is loaded and what can be."""
+    return sorted({*globals(), *_LAZY})

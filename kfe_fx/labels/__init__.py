@@ -1,0 +1,1 @@
+"""Labels: which slices of which tensors can only be removed together."""

@@ -1,0 +1,160 @@
+"""The label analysis of a Program: run the rules over its graphs, then gather the classes into units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rules)
+    contraction,
+    convolution,
+    creation,
+    movement,
+    normalisation,
+    pointwise,
+    reduction,
+    spatial,
+)
+from kfe_fx.labels.registry import RULES
+from kfe_fx.labels.sites import GateSite, Site, gate_sites, mint_sites
+from kfe_fx.labels.tracker import Dims, Tracker
+from kfe_fx.labels.unionfind import UnionFind
+from kfe_fx.labels.units import FrozenDim, Group, Unit, UnitTable, build_units
+from kfe_fx.program import Program
+from kfe_fx.shapes import propagate
+
+BATCH = 2  # a batch of two tells the batch from dims of size one
+
+
+@dataclass
+class Analysis:
+    """Which slices of a Program can be removed, and what goes with what.
+
+    ``units`` are the least removable things; ``groups`` the dims that they are minted in; ``floors`` sets of which one
+    unit must stay; ``frozen`` what cannot be removed and why; ``statistics`` the normalisations whose statistic runs
+    over units, so that removing one changes the function there.
+    """
+
+    program: Program
+    units: list[Unit]
+    groups: list[Group]
+    floors: list[frozenset[int]]
+    frozen: list[FrozenDim]
+    sites: list[Site]
+    gate_sites: list[GateSite]
+    statistics: list[str]
+    params: dict[str, list[tuple[np.ndarray, ...]]]
+    trackers: dict[str, Tracker] = field(repr=False)
+    table: UnitTable = field(repr=False)
+
+    def layout(self, name: str, graph: str = "eval") -> list[tuple[np.ndarray, ...]]:
+        """Return per dim of a node the unit ids of its layers (-1: cannot be removed); () for a dim without units."""
+        return self.table.layout(self.trackers[graph].values[name])
+
+    def kept(self, name: str, removed: set[int] | frozenset[int]) -> list[np.ndarray | None]:
+        """Return per dim of a node or parameter the indices that stay, or None where all do."""
+        layout = self.params[name] if name in self.params else self.layout(name)
+        gone = np.zeros(len(self.units) + 1, dtype=bool)
+        gone[list(removed)] = True
+        gone[-1] = False
+        kept: list[np.ndarray | None] = []
+        for layers in layout:
+            lost = [gone[layer] for layer in layers]
+            away = np.logical_or.reduce(lost) if lost else np.zeros(0, dtype=bool)
+            kept.append(np.flatnonzero(~away) if away.any() else None)
+        return kept
+
+
+def analyze(program: Program, *, heads: str = "auto") -> Analysis:
+    """Find the removable units of a Program.
+
+    ``heads``: "heads" or "positions" pins whether attention loses whole heads or the same positions of every head;
+    "auto" takes whole heads.
+    """
+    classes = UnionFind()
+    parameters: dict[str, Dims] = {}
+    trackers = {
+        mode: track(Tracker(program, classes, parameters, heads=heads), program.graphs[mode], mode)
+        for mode in sorted(program.graphs)
+    }
+    evaluation = trackers["eval"]
+    mints = mint_sites(evaluation, program.graphs["eval"])
+    table = build_units(program, trackers, parameters, mints)
+    sites = [site for mint in mints if (site := table.site(mint)) is not None]
+    return Analysis(
+        program,
+        table.units,
+        table.groups(sites),
+        table.floors,
+        table.frozen_dims(parameters),
+        sites,
+        gate_sites(program, evaluation, sites, table),
+        statistics_changed(evaluation, program.graphs["eval"], table),
+        {name: table.layout(dims) for name, dims in parameters.items()},
+        trackers,
+        table,
+    )
+
+
+def track(tracker: Tracker, graph: fx.Graph, mode: str) -> Tracker:
+    """Run the rules over one graph and return the tracker with every node's labels."""
+    axes = {axis for dims in tracker.program.axes.values() for axis in dims.values()}
+    tracker.sizes = {"batch": BATCH} if "batch" in axes else {}
+    for node, fake in propagate(tracker.program, mode, tracker.sizes).items():
+        tracker.fakes[node] = fake
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            tracker.values[node] = tracker.input(node)
+        elif node.op == "get_attr":
+            name = tracker.program.names_of(str(node.target))[0]
+            tracker.values[node] = tracker.parameter(name, tracker.program.tensor(name))
+            tracker.static[node] = True
+        elif node.op == "output":
+            tracker.output(node)
+        else:
+            _apply(tracker, node)
+    return tracker
+
+
+def _apply(tracker: Tracker, node: fx.Node) -> None:
+    tensors = [arg for arg in node.all_input_nodes if arg in tracker.values]
+    if all(arg in tracker.static or not _is_data(tracker, arg) for arg in node.all_input_nodes):
+        tracker.static[node] = True
+    fake = tracker.fakes[node]
+    if not isinstance(fake, torch.Tensor | list | tuple):
+        return  # a size or other number
+    rule = RULES.get(node.target) or (pointwise.pointwise if pointwise.is_pointwise(node.target) else None)
+    value = rule(tracker, node) if rule is not None else None
+    if value is None:
+        tracker.freeze_all(node, f"goes into {_name(node)}, which has no rule", tensors)
+        value = _unlabelled(fake)
+    tracker.values[node] = value
+
+
+def _is_data(tracker: Tracker, arg: fx.Node) -> bool:
+    return isinstance(tracker.fakes.get(arg), torch.Tensor | list | tuple)
+
+
+def _unlabelled(fake: Any) -> Any:
+    if isinstance(fake, torch.Tensor):
+        return tuple(() for _ in fake.shape)
+    return [_unlabelled(part) for part in fake]
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removesuffix(".default")
+
+
+def statistics_changed(tracker: Tracker, graph: fx.Graph, table: UnitTable) -> list[str]:
+    """Name the normalisations whose statistic runs over units."""
+    notes = []
+    for node in graph.nodes:
+        over = tracker.statistics.get(node.name, ())
+        layout = table.layout(tracker.values[node]) if over else []
+        if any((layer >= 0).any() for dim in over for layer in layout[dim]):
+            notes.append(f"{_name(node)} at {node.meta.get('module') or node.meta.get('source') or node.name}")
+    return notes

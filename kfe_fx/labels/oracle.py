@@ -1,0 +1,115 @@
+"""The masked original: what a removal must equal.
+
+A removed unit is set to zero where its label was minted, and again after an operation only where that operation makes
+something else of zero (a norm's shift, a bias, sigmoid): decided by running the operation on zeros, not by the labels.
+A label that spread wrongly therefore shows as a difference. Where a statistic runs over removed units, the masked
+norm takes it over those that stay, which is the change of function that the report names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from kfe_fx.labels.analysis import Analysis
+
+aten = torch.ops.aten
+
+
+def run_masked(analysis: Analysis, removed: set[int] | frozenset[int], flat_inputs: list[Any]) -> tuple[Any, ...]:
+    """Run the original network of ``analysis`` with the ``removed`` units masked; return its flat outputs."""
+    return _Masked(analysis, removed).run(*flat_inputs)
+
+
+class _Masked(fx.Interpreter):
+    def __init__(self, analysis: Analysis, removed: set[int] | frozenset[int]) -> None:
+        super().__init__(analysis.program.module(), graph=analysis.program.graphs["eval"])
+        self.tracker = analysis.trackers["eval"]
+        self.table = analysis.table
+        self.gone = np.zeros(len(analysis.units) + 1, dtype=bool)
+        self.gone[list(removed)] = True
+        self.gone[-1] = False
+        self.minted: dict[str, set[int]] = {}
+        for site in analysis.sites:
+            self.minted.setdefault(site.node, set()).add(site.dim)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self.tracker.values.get(n)
+        if n.op != "call_function" or n in self.tracker.static or not isinstance(value, tuple):
+            return super().run_node(n)
+        masks = self._masks(value)
+        if not masks:
+            return super().run_node(n)
+        if n.name in self.tracker.statistics and any(dim in masks for dim in self.tracker.statistics[n.name]):
+            result = self._norm(n, masks)
+        else:
+            result = super().run_node(n)
+        forced = {dim for dim in masks if dim in self.minted.get(n.name, ())}
+        if forced != set(masks) and self._moves_zero(n, masks):
+            forced = set(masks)
+        for dim in forced:
+            shaped = masks[dim].reshape([-1 if axis == dim else 1 for axis in range(result.dim())])
+            result = torch.where(shaped, torch.zeros((), dtype=result.dtype), result)
+        return result
+
+    def _masks(self, value: Any) -> dict[int, torch.Tensor]:
+        masks = {}
+        for dim, layers in enumerate(self.table.layout(value)):
+            lost = [self.gone[layer] for layer in layers]
+            if lost and np.logical_or.reduce(lost).any():
+                masks[dim] = torch.from_numpy(np.logical_or.reduce(lost))
+        return masks
+
+    def _moves_zero(self, n: fx.Node, masks: dict[int, torch.Tensor]) -> bool:
+        """Run the operation with zeros for every activation that carries removed units; see if zero stays zero."""
+
+        def zeroed(arg: fx.Node) -> Any:
+            value = self.env[arg]
+            carried = self.tracker.values.get(arg)
+            if isinstance(value, torch.Tensor) and arg not in self.tracker.static and self._masks(carried):
+                return torch.zeros_like(value)
+            return value
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), zeroed)
+        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        return any(bool((result.movedim(dim, 0)[mask] != 0).any()) for dim, mask in masks.items())
+
+    def _norm(self, n: fx.Node, masks: dict[int, torch.Tensor]) -> torch.Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return masked_norm(str(n.target), given, masks)
+
+
+def masked_norm(target: str, given: dict[str, Any], masks: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Normalise with the statistic over the indices that stay; ``masks[dim]`` marks those that go."""
+    inputs = given["input"]
+    stays = torch.ones(inputs.shape, dtype=inputs.dtype)
+    for dim, mask in masks.items():
+        stays = stays * (~mask).to(inputs.dtype).reshape([-1 if axis == dim else 1 for axis in range(inputs.dim())])
+    if "group_norm" in target:
+        groups = given["num_groups"]
+        table = inputs.reshape(inputs.shape[0], groups, -1)
+        normal = _standardised(table, stays.reshape(table.shape), (2,), given.get("eps", 1e-5)).reshape(inputs.shape)
+        affine = [-1 if axis == 1 else 1 for axis in range(inputs.dim())]
+    else:
+        over = tuple(range(inputs.dim() - len(given["normalized_shape"]), inputs.dim()))
+        eps = given.get("eps")
+        eps = torch.finfo(inputs.dtype).eps if eps is None else eps
+        normal = _standardised(inputs, stays, over, eps, centred="layer_norm" in target)
+        affine = list(inputs.shape[-len(over) :])
+    if given.get("weight") is not None:
+        normal = normal * given["weight"].reshape(affine)
+    return normal if given.get("bias") is None else normal + given["bias"].reshape(affine)
+
+
+def _standardised(
+    values: torch.Tensor, stays: torch.Tensor, over: tuple[int, ...], eps: float, *, centred: bool = True
+) -> torch.Tensor:
+    count = stays.sum(over, keepdim=True)
+    mean = (values * stays).sum(over, keepdim=True) / count if centred else torch.zeros((), dtype=values.dtype)
+    variance = ((values - mean) ** 2 * stays).sum(over, keepdim=True) / count
+    return (values - mean) * torch.rsqrt(variance + eps)

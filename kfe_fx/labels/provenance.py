@@ -1,0 +1,182 @@
+"""Exact provenance of data movement: run the operation itself on a tensor of indices and see where each index went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfe_fx.labels.tracker import Dims, Layers, Tracker
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where each element of an output comes from: ``owner`` is the input's number (-1: a constant), ``flat`` its index."""
+
+    owner: np.ndarray
+    flat: np.ndarray
+
+
+def trace(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> list[Origin]:
+    """Run ``function`` on tensors of indices of the given shapes and read the origins of its outputs.
+
+    Indices are float64 (exact to 2**53, and taken by operations that refuse integers); 0 means a constant.
+    """
+    starts = np.cumsum([1, *(int(np.prod(shape)) for shape in shapes)])
+    inputs = [
+        torch.arange(int(first), int(last), dtype=torch.float64).reshape(shape)
+        for first, last, shape in zip(starts[:-1], starts[1:], shapes, strict=True)
+    ]
+    result = function(*inputs)
+    outputs = result if isinstance(result, list | tuple) else [result]
+    origins = []
+    for output in outputs:
+        index = output.to(torch.int64).numpy()
+        owner = np.searchsorted(starts, index, side="right") - 1
+        origins.append(Origin(owner, index - starts[np.maximum(owner, 0)]))
+    return origins
+
+
+def spread(tracker: Tracker, node: Any, origin: Origin, inputs: Sequence[Dims], shapes: Sequence[tuple[int, ...]]) -> Dims:
+    """Carry the labels of ``inputs`` to one output of a data movement.
+
+    A label may lie along exactly one dim of the output; where a dim was split, the labels along one of the new dims
+    merge so that what is removed stays a rectangle (regularity repair).
+    """
+    rank = origin.owner.ndim
+    found: list[list[dict[int, np.ndarray]]] = [[] for _ in range(rank)]  # per dim, per layer: input -> labels or -1
+    for number, (dims, shape) in enumerate(zip(inputs, shapes, strict=True)):
+        region = origin.owner == number
+        if not region.any():
+            continue
+        depth = [0] * rank
+        for dim, layers in enumerate(dims):
+            for layer in layers:
+                placed = _place(tracker, node, origin, region, shape, dim, layer)
+                if placed is None:
+                    continue
+                axis, labels = placed
+                if depth[axis] == len(found[axis]):
+                    found[axis].append({})
+                found[axis][depth[axis]][number] = labels
+                depth[axis] += 1
+    return tuple(_combine(tracker, node, origin, axis, layers) for axis, layers in enumerate(found))
+
+
+def _place(
+    tracker: Tracker, node: Any, origin: Origin, region: np.ndarray, shape: tuple[int, ...], dim: int, layer: np.ndarray
+) -> tuple[int, np.ndarray] | None:
+    roots = tracker.classes.find(layer)
+    if not roots.any():
+        return None
+    stride = int(np.prod(shape[dim + 1 :]))
+    where = (origin.flat // stride) % shape[dim]
+    spreadout = np.where(region, roots[where], -1)
+    axes = [axis for axis in range(region.ndim) if region.shape[axis] > 1]
+    lines = {axis: _along(spreadout, axis) for axis in axes}
+    regular = [axis for axis in axes if _is_function_of(spreadout, lines[axis], axis)]
+    if not regular:
+        axis = _repair(tracker, node, spreadout, lines, axes)
+        if axis is None:
+            tracker.freeze((layer,), node, "spreads its units so that no dim can be cut")
+            return None
+        return axis, _along(np.where(region, tracker.classes.find(np.maximum(spreadout, 0)), -1), axis)
+    varying = [axis for axis in regular if len(np.unique(lines[axis][lines[axis] >= 0])) > 1]
+    if varying:
+        return varying[0], lines[varying[0]]
+    whole = [axis for axis in regular if _covers_slices(origin, region, axis)]
+    if len(whole) != 1:
+        tracker.freeze((layer,), node, "a single unit is all of this tensor")
+        return None
+    return whole[0], lines[whole[0]]
+
+
+def _along(values: np.ndarray, axis: int) -> np.ndarray:
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    return values.max(axis=others)
+
+
+def _is_function_of(values: np.ndarray, line: np.ndarray, axis: int) -> bool:
+    shaped = line.reshape([-1 if other == axis else 1 for other in range(values.ndim)])
+    return bool(((values == shaped) | (values < 0)).all())
+
+
+def _covers_slices(origin: Origin, region: np.ndarray, axis: int) -> bool:
+    # slices that the region touches belong to it alone (constants aside), and it does not touch all slices
+    others = tuple(other for other in range(region.ndim) if other != axis)
+    touched = region.any(axis=others)
+    foreign = ((origin.owner >= 0) & ~region).any(axis=others)
+    return not (touched & foreign).any() and not touched.all()
+
+
+def _repair(
+    tracker: Tracker, node: Any, values: np.ndarray, lines: dict[int, np.ndarray], axes: list[int]
+) -> int | None:
+    """Merge labels so that they become a function of one dim; return that dim."""
+    from kfe_fx.labels.heads import preferred_axis
+
+    dependent = [axis for axis in axes if not _constant_along(values, axis)]
+    if not dependent:
+        return None
+    pairs = {axis: _pairs(values, lines[axis], axis) for axis in dependent}
+    left = {axis: _classes_left(pairs[axis], values) for axis in dependent}
+    axis = preferred_axis(tracker, node, dependent)
+    if axis is None or left[axis] < 2:
+        axis = max(dependent, key=lambda candidate: (left[candidate], candidate))
+    tracker.classes.union(*pairs[axis], tracker.reason(node, "splits a dim: what is removed must stay a rectangle"))
+    return axis
+
+
+def _constant_along(values: np.ndarray, axis: int) -> bool:
+    first = np.take(values, [0], axis)
+    return bool(((values == first) | (values < 0) | (first < 0)).all())
+
+
+def _pairs(values: np.ndarray, line: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    shaped = np.broadcast_to(line.reshape([-1 if other == axis else 1 for other in range(values.ndim)]), values.shape)
+    inside = values >= 0
+    pairs = np.unique(np.stack([values[inside], shaped[inside]]), axis=1)
+    return pairs[0], pairs[1]
+
+
+def _classes_left(pairs: tuple[np.ndarray, np.ndarray], values: np.ndarray) -> int:
+    parent = {int(root): int(root) for root in np.unique(values[values >= 0])}
+
+    def top(label: int) -> int:
+        while parent[label] != label:
+            parent[label] = parent[parent[label]]
+            label = parent[label]
+        return label
+
+    for one, other in zip(*(side.tolist() for side in pairs), strict=True):
+        low, high = sorted((top(one), top(other)))
+        parent[high] = low
+    return len({top(label) for label in parent} - {0})
+
+
+def _combine(tracker: Tracker, node: Any, origin: Origin, axis: int, layers: list[dict[int, np.ndarray]]) -> Layers:
+    """Join what several inputs brought to one output dim; an index that is only partly covered is frozen."""
+    result = []
+    others = tuple(other for other in range(origin.owner.ndim) if other != axis)
+    for parts in layers:
+        merged = np.full(origin.owner.shape[axis], -1, dtype=np.int64)
+        for labels in parts.values():
+            both = (merged >= 0) & (labels >= 0)
+            tracker.classes.union(merged[both], labels[both], tracker.reason(node, "joins"))
+            merged = np.where(merged < 0, labels, merged)
+        labelled = np.stack([labels >= 0 for labels in parts.values()])
+        foreign = np.zeros_like(merged, dtype=bool)
+        for number in np.unique(origin.owner[origin.owner >= 0]):
+            present = (origin.owner == number).any(axis=others)
+            covered = labelled[list(parts).index(number)] if number in parts else np.zeros_like(present)
+            foreign |= present & ~covered
+        partly = (merged >= 0) & foreign
+        if partly.any():
+            tracker.freeze((merged[partly],), node, "shares an index with values that cannot be removed")
+        merged = np.where(merged < 0, 0, merged)
+        if tracker.classes.find(merged).any():
+            result.append(merged)
+    return tuple(result)

@@ -1,0 +1,128 @@
+"""Plan: which slices go, as data that can be read, kept in a file and applied again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kfe_fx.errors import PlanError
+
+if TYPE_CHECKING:
+    from kfe_fx.labels.analysis import Analysis
+
+VERSION = 1
+ACTIONS = ("remove",)  # later versions add decompose, pad and drop; an unknown action is refused, never skipped
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruning run decided.
+
+    ``kept[name] = [(dim, [indices kept]), ...]`` for every parameter, buffer and constant that changes, changed dims
+    only, each name of tied parameters. ``actions`` say the same unit by unit, with the reason; ``heads`` is how the
+    analysis took attention apart.
+    """
+
+    kept: dict[str, list[tuple[int, list[int]]]] = field(default_factory=dict)
+    actions: tuple[dict[str, Any], ...] = ()
+    heads: str = "auto"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_units(cls, analysis: Analysis, removed: Iterable[int], scores: Any = None, heads: str = "auto") -> Plan:
+        """Make the plan that removes the given units of an analysis."""
+        gone = sorted(set(removed))
+        kept: dict[str, list[tuple[int, list[int]]]] = {}
+        for name in analysis.params:
+            changed = [
+                (dim, [int(i) for i in indices])
+                for dim, indices in enumerate(analysis.kept(name, set(gone)))
+                if indices is not None
+            ]
+            if changed:
+                for alias in analysis.program.names_of(name):
+                    kept[alias] = changed
+        actions = tuple(
+            {
+                "action": "remove",
+                "unit": unit,
+                "group": analysis.groups[analysis.units[unit].group].name,
+                **({} if scores is None else {"score": float(scores[unit])}),
+            }
+            for unit in gone
+        )
+        return cls(kept, actions, heads)
+
+    def units(self, analysis: Analysis) -> frozenset[int]:
+        """Find the units of ``analysis`` that this plan removes.
+
+        Raises:
+            PlanError: the plan cuts slices that are not whole units of this network.
+        """
+        removed: set[int] = set()
+        for name, changes in self.kept.items():
+            canonical = analysis.program.names_of(name)[0]
+            if canonical not in analysis.params:
+                raise PlanError(f"the plan cuts {name!r}, which this network does not have or does not use")
+            for dim, indices in changes:
+                removed |= _gone(analysis, canonical, dim, indices)
+        expected = Plan.of_units(analysis, removed).kept
+        if {name: sorted(changes) for name, changes in expected.items()} != {
+            name: sorted((dim, list(map(int, indices))) for dim, indices in changes) for name, changes in self.kept.items()
+        }:
+            wrong = sorted(set(expected) ^ set(self.kept)) or sorted(n for n in expected if expected[n] != self.kept[n])
+            raise PlanError(f"the plan does not remove whole units of this network (first at {wrong[0]!r})")
+        return frozenset(removed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready data."""
+        return {
+            "version": VERSION,
+            "heads": self.heads,
+            "kept": {name: [[dim, indices] for dim, indices in changes] for name, changes in self.kept.items()},
+            "actions": list(self.actions),
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Read a plan from JSON data or text.
+
+        Raises:
+            PlanError: not a plan, or one of a newer version.
+        """
+        try:
+            data = json.loads(data) if isinstance(data, str | bytes) else data
+            if data["version"] != VERSION:
+                raise PlanError(f"this plan has version {data['version']!r}, this kfe-fx reads version {VERSION}")
+            unknown = {action["action"] for action in data["actions"]} - set(ACTIONS)
+            if unknown:
+                raise PlanError(f"this plan uses the action {sorted(unknown)[0]!r}, which this kfe-fx does not know")
+            kept = {
+                str(name): [(int(dim), [int(i) for i in indices]) for dim, indices in changes]
+                for name, changes in data["kept"].items()
+            }
+            return cls(kept, tuple(data["actions"]), str(data.get("heads", "auto")), dict(data.get("metadata", {})))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
+
+
+def _gone(analysis: Analysis, name: str, dim: int, indices: list[int]) -> set[int]:
+    layers = analysis.params[name][dim] if dim < len(analysis.params[name]) else ()
+    size = analysis.program.tensor(name).shape[dim] if dim < analysis.program.tensor(name).dim() else 0
+    away = np.setdiff1d(np.arange(size), np.asarray(indices, dtype=np.int64))
+    if not len(layers) or len(away) + len(set(indices)) != size:
+        raise PlanError(f"the plan cuts dim {dim} of {name!r}, which cannot be cut so in this network")
+    if len(layers) == 1:
+        return set(layers[0][away].tolist()) - {-1}
+    # two ways to remove an index: a unit goes when all of its indices go
+    found: set[int] = set()
+    for layer in layers:
+        for unit in np.unique(layer[layer >= 0]).tolist():
+            if np.isin(np.flatnonzero(layer == unit), away).all():
+                found.add(unit)
+    return found

@@ -1,0 +1,243 @@
+"""Program: a captured network as torch.fx graphs of ATen calls over one module of named parameters.
+
+The graph is torch.export's training IR with the parameters read by ``get_attr`` under their original names, so
+that one set of tensors serves the evaluation graph, the training graph and every pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfe_fx.errors import UsageError
+from kfe_fx.structure import flatten_like, pack
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Say how a Program is called.
+
+    ``input_names`` are the flat inputs in graph order; ``arg_names`` the top-level argument names (positional ones
+    first, ``positional`` of them); ``inputs`` and ``outputs[mode]`` are templates: nested containers whose leaves are
+    flat indices (see ``kfe_fx.structure``).
+    """
+
+    input_names: tuple[str, ...]
+    arg_names: tuple[str, ...]
+    positional: int
+    inputs: Any
+    outputs: dict[str, Any]
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flatten a call's arguments into graph order; positional and keyword spellings are both taken.
+
+        Raises:
+            UsageError: an argument is missing, unknown or of another structure than the captured one.
+        """
+        bound = dict(zip(self.arg_names, args, strict=False))
+        unknown = [name for name in kwargs if name not in self.arg_names or name in bound]
+        if len(args) > len(self.arg_names) or unknown:
+            got = f"{len(args)} positional and {sorted(kwargs)}"
+            raise UsageError(f"this network takes the arguments {list(self.arg_names)}, got {got}")
+        bound |= kwargs
+        missing = [name for name in self.arg_names if name not in bound]
+        if missing:
+            raise UsageError(f"missing argument {missing[0]!r}: this network takes {list(self.arg_names)}")
+        values = [bound[name] for name in self.arg_names]
+        nested = (tuple(values[: self.positional]), dict(zip(self.arg_names[self.positional :], values[self.positional :], strict=True)))
+        return flatten_like(self.inputs, nested, "the inputs")
+
+
+class ProgramModule(nn.Module):
+    """Run a Program: parameters under their original names, ``train()`` and ``eval()`` pick the graph."""
+
+    graphs: dict[str, fx.Graph]
+
+    def __init__(self, graphs: dict[str, fx.Graph], signature: Signature) -> None:
+        """Hold the graphs; tensors are added with ``put_tensor`` by whoever builds the module."""
+        super().__init__()
+        self.graphs = graphs
+        self.signature = signature
+        self._compiled: dict[str, Any] = {}
+
+    def mode(self) -> str:
+        """Return the name of the graph that runs now."""
+        return "train" if self.training and "train" in self.graphs else "eval"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network as its source was called."""
+        mode = self.mode()
+        flat = self.signature.flatten(args, kwargs)
+        return pack(self.signature.outputs[mode], self.run_flat(flat, mode))
+
+    def run_flat(self, flat: list[Any], mode: str = "eval") -> tuple[Any, ...]:
+        """Run graph ``mode`` on flat inputs and return the flat outputs."""
+        run = self._compiled.get(mode)
+        if run is None:
+            run = self._compiled[mode] = _compile(self, self.graphs[mode])
+        return run(self, *flat)
+
+    def recompile(self) -> None:
+        """Forget the generated code after an edit of a graph."""
+        self._compiled.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        """Copy tensors and graphs; tied parameters stay tied."""
+        twin = ProgramModule({mode: copy_graph(graph) for mode, graph in self.graphs.items()}, self.signature)
+        memo[id(self)] = twin
+        for name, child in self._modules.items():
+            twin._modules[name] = copy.deepcopy(child, memo)
+        for name, parameter in self._parameters.items():
+            twin._parameters[name] = copy.deepcopy(parameter, memo)
+        for name, buffer in self._buffers.items():
+            twin._buffers[name] = copy.deepcopy(buffer, memo)
+        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        twin.training = self.training
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without generated code; it is made again at the next call."""
+        return {**self.__dict__, "_compiled": {}}
+
+
+def _compile(module: nn.Module, graph: fx.Graph) -> Any:
+    # fx generates one class per GraphModule; its forward only reads attributes of self, so it runs on our module,
+    # whose state-dict keys are the original names and whose buffers are never copied.
+    return type(fx.GraphModule(module, graph)).forward
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with names and meta; nodes keep their order."""
+    twin = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = twin.graph_copy(graph, nodes)
+    output = next(iter(reversed(graph.nodes)))
+    twin.output(result)
+    for old, new in nodes.items():
+        new.meta = dict(old.meta)
+        if new.name != old.name:
+            new._rename(old.name)
+    for old, new in zip(reversed(graph.nodes), reversed(twin.nodes), strict=True):
+        new.meta = dict(old.meta)
+        break
+    del output
+    return twin
+
+
+@dataclass
+class Program:
+    """A captured network: graphs, tensors, how to call it, and the passes it went through."""
+
+    _module: ProgramModule
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    axes: dict[str, dict[int, str]]
+    lineage: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """The graphs by mode: "eval" always, "train" where training behaves differently and could be captured."""
+        return self._module.graphs
+
+    @property
+    def signature(self) -> Signature:
+        """How the Program is called."""
+        return self._module.signature
+
+    def module(self) -> ProgramModule:
+        """Return the live nn.Module: training it trains the Program; state-dict keys are the original names."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network in its present mode."""
+        return self._module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Program:
+        """Switch to the training graph (or back, with ``mode=False``)."""
+        self._module.train(mode)
+        return self
+
+    def eval(self) -> Program:
+        """Switch to the evaluation graph."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by original name, as the source module does."""
+        return self._module.state_dict()
+
+    def copy(self) -> Program:
+        """Return an independent copy: no tensor and no graph is shared."""
+        return Program(copy.deepcopy(self._module), self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras))
+
+    def flat_examples(self) -> list[Any]:
+        """Return the example inputs in graph order."""
+        return self.signature.flatten(*self.example_inputs)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the parameter, buffer or constant called ``name``."""
+        return get_tensor(self._module, name)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Return every name of the tensor called ``name`` (more than one where parameters are tied)."""
+        return tied_names(self._module).get(name, (name,))
+
+    def hash(self) -> str:
+        """Hash the graphs: operations, arguments and wiring, not names and not weights."""
+        digest = hashlib.sha256()
+        for mode in sorted(self.graphs):
+            digest.update(f"{mode}\n{graph_text(self.graphs[mode])}".encode())
+        return digest.hexdigest()
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """Write a graph as text with nodes numbered in order, so that equal graphs give equal text."""
+    number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda arg: number[arg])
+        lines.append(f"{number[node]} {node.op} {node.target} {arguments!r}")
+    return "\n".join(lines)
+
+
+def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """Return the tensor at a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(path), leaf)
+    if not isinstance(value, torch.Tensor):
+        raise KeyError(name)
+    return value
+
+
+def put_tensor(module: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:
+    """Set a Parameter or a buffer at a dotted name, making plain modules on the way."""
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._buffers[leaf] = value
+        (owner._non_persistent_buffers_set.discard if persistent else owner._non_persistent_buffers_set.add)(leaf)
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers under every name they have."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
+
+
+def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Map each name to all names of the same tensor object."""
+    by_id: dict[int, list[str]] = {}
+    for name, value in named_tensors(module).items():
+        by_id.setdefault(id(value), []).append(name)
+    return {name: tuple(names) for names in by_id.values() for name in names}

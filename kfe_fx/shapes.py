@@ -1,0 +1,61 @@
+"""Concrete shapes of every node, from fake tensors at chosen sizes of the dynamic axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,  # the one place that imports it; tests/test_shapes.py probes it
+)
+
+from kfe_fx.program import Program
+
+
+class _Propagator(fx.Interpreter):
+    def __init__(self, program: Program, graph: fx.Graph, mode: FakeTensorMode) -> None:
+        super().__init__(program.module(), garbage_collect_values=False, graph=graph)
+        self.mode = mode
+        self._fakes: dict[int, torch.Tensor] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        if not isinstance(value, torch.Tensor):
+            return value
+        fake = self._fakes.get(id(value))
+        if fake is None:
+            fake = self._fakes[id(value)] = self.mode.from_tensor(value.detach(), static_shapes=True)
+        return fake
+
+
+def sized_examples(program: Program, sizes: dict[str, int] | None = None) -> list[Any]:
+    """Return the flat example inputs with each dynamic axis repeated or cut to ``sizes[axis]``.
+
+    Axes that ``sizes`` does not name keep the example's size.
+    """
+    flat = program.flat_examples()
+    resized = []
+    for name, value in zip(program.signature.input_names, flat, strict=True):
+        if isinstance(value, torch.Tensor):
+            for dim, axis in program.axes.get(name, {}).items():
+                if sizes and axis in sizes and value.shape[dim] != sizes[axis]:
+                    wanted = sizes[axis]
+                    index = torch.arange(wanted) % max(1, value.shape[dim])
+                    value = value.index_select(dim, index)
+        resized.append(value)
+    return resized
+
+
+def propagate(program: Program, graph: str = "eval", sizes: dict[str, int] | None = None) -> dict[fx.Node, Any]:
+    """Return the fake value (shape, dtype) or plain value of each node of ``program.graphs[graph]``.
+
+    ``sizes`` maps axis names to concrete sizes, e.g. ``{"batch": 2}``; nothing is computed, no memory is taken.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = sized_examples(program, sizes)
+    with mode, torch.no_grad():
+        fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value for value in inputs]
+        runner = _Propagator(program, program.graphs[graph], mode)
+        runner.run(*fakes)
+    return dict(runner.env)

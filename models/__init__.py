@@ -1,0 +1,1 @@
+"""Reference networks, the scripts that trained them, and their small checkpoints."""

@@ -1,0 +1,95 @@
+"""Pass ``shrink``: remove the slices of a plan, physically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from kfe_fx.errors import VerificationFailed
+from kfe_fx.labels.analysis import Analysis, analyze
+from kfe_fx.labels.relocate import Relocation
+from kfe_fx.passes.base import Pass, PassResult
+from kfe_fx.plan import Plan
+from kfe_fx.program import Program, named_tensors, put_tensor
+from kfe_fx.shapes import propagate
+
+
+@dataclass(frozen=True)
+class Shrink(Pass):
+    """Slice every tensor of the plan and relocate the literals of both graphs.
+
+    The result computes what the original computes with the removed units masked to zero, to rounding; the exceptions
+    (statistics over removed units) are named by ``Analysis.statistics``.
+    """
+
+    name: ClassVar[str] = "shrink"
+    keeps: ClassVar[str] = "trained"
+    plan: Plan = Plan()
+
+    def run(self, program: Program) -> PassResult:
+        """Return the smaller Program; ``program`` stays as it was.
+
+        Raises:
+            PlanError: the plan does not fit this network.
+            VerificationFailed: a node of the result has another shape than its labels say.
+        """
+        if not self.plan.kept:
+            return PassResult(program, False, {"removed": 0})
+        twin = program.copy()
+        analysis = analyze(twin, heads=self.plan.heads)
+        removed = self.plan.units(analysis)
+        gone = analysis.table.gone(removed)
+        sliced = slice_tensors(twin, analysis, removed)
+        moves = {mode: Relocation(analysis.trackers[mode], graph, gone) for mode, graph in twin.graphs.items()}
+        for move in moves.values():
+            for name, constant in move.run().items():
+                put_tensor(twin.module(), name, constant, persistent=False)
+        for graph in twin.graphs.values():
+            graph.eliminate_dead_code()
+            graph.lint()
+        twin.module().recompile()
+        for mode, move in moves.items():
+            _check_shapes(twin, mode, move)
+        twin.lineage = (*program.lineage, self.name)
+        return PassResult(twin, True, {"removed": len(removed), "tensors": sliced})
+
+
+def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int]) -> int:
+    """Slice parameters, buffers and constants in place; tied ones stay tied. Return how many changed."""
+    tensors = named_tensors(program.module())
+    transient = {name for name in tensors if name not in program.state_dict()}
+    count = 0
+    for name in analysis.params:
+        kept = [(dim, index) for dim, index in enumerate(analysis.kept(name, removed)) if index is not None]
+        if not kept:
+            continue
+        old = tensors[name]
+        value = old.detach()
+        for dim, index in kept:
+            value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        for alias in program.names_of(name):
+            put_tensor(program.module(), alias, value, persistent=alias not in transient)
+        count += 1
+    return count
+
+
+def _check_shapes(program: Program, mode: str, move: Relocation) -> None:
+    """Compare the shape of every node with what the labels say; a difference is a bug and must not get out."""
+    fakes = propagate(program, mode, move.tracker.sizes)
+    for node, fake in fakes.items():
+        expected = move.tracker.fakes.get(node)
+        if not isinstance(fake, torch.Tensor) or not isinstance(expected, torch.Tensor):
+            continue
+        if not isinstance(move.tracker.values.get(node), tuple):
+            continue
+        wanted = tuple(move.size_after(node, dim) for dim in range(expected.dim()))
+        if tuple(fake.shape) != wanted:
+            where = node.meta.get("source", node.name)
+            raise VerificationFailed(
+                f"{where}: {node.target} gives {tuple(fake.shape)} after the removal, its labels say {wanted}; "
+                "please report this network"
+            )
