@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kfe_fx.cli import options, output, targets
+from kfe_fx.cli.examples import load_examples
+from kfe_fx.errors import UsageError
+
+if TYPE_CHECKING:
+    from kfe_fx.data import ArrayData
+    from kfe_fx.program import Program
+
+
+def capture(factory: str, state: Path | None, inputs: tuple[str, ...], data: ArrayData | None) -> Program:
+    """Build the module, load its weights and capture it.
+
+    Raises:
+        UsageError: neither the factory nor an option gives example inputs.
+    """
+    import kfe_fx
+
+    if state is not None:
+        return kfe_fx.load(state, arch=factory, inputs=inputs, data=data)
+
+    from kfe_fx.frontend.arch import build
+    from kfe_fx.frontend.specs import read_specs
+
+    built = build(factory)
+    if built.example_inputs is not None:
+        return kfe_fx.capture(built.module, built.example_inputs, built.dynamic_axes)
+    if inputs:
+        return kfe_fx.capture(built.module, *read_specs(inputs))
+    if data is not None:
+        return kfe_fx.capture(built.module, data.first(2).inputs, built.dynamic_axes)
+    choices = f"let {factory} return (module, example_inputs), or pass --input x=float32[b,3,224,224], or --data"
+    raise UsageError(f"no example inputs to run the network with: {choices}")
+
+
+def sample(data: ArrayData, count: int, names: Sequence[str]) -> tuple[tuple[Any, ...], Any]:
+    """Take the first examples as (inputs in the order of the network, targets or None)."""
+    chosen = data.first(count)
+    given = chosen.inputs
+    if isinstance(given, dict):
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UsageError(f"--data has no input {missing[0]!r}; it has {', '.join(given)}")
+        return tuple(given[name] for name in names), chosen.targets
+    return tuple(given), chosen.targets
 
 
 @click.command("capture")
@@ -22,7 +67,13 @@ from kfe_fx.cli import options, output, targets
 )
 @click.option("--state", type=click.Path(path_type=Path), metavar="FILE", help="Trained weights: a state dict.")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=TYPE[DIMS]", help="As for prune. Repeatable.")
-@options.data
+@options.example_data
+@click.option(
+    "--calibration",
+    type=options.COUNT,
+    metavar="COUNT",
+    help="Keep the first examples of --data in the file, so that it can be pruned without data.",
+)
 @options.force
 @options.quiet
 def command(
@@ -32,19 +83,21 @@ def command(
     state: Path | None,
     inputs: tuple[str, ...],
     data: str | None,
+    calibration: int | None,
     force: bool,
     quiet: bool,
 ) -> None:
     """Turn a module into a program file.
 
-    FACTORY, as file.py:name, is a function that returns the module, or (module, example_inputs[,
-    dynamic_axes]). A program file needs neither the class nor trust to be loaded, and torch.load reads it as
-    a state dict.
+    FACTORY, as file.py:name, is a function that returns the module, or (module, example_inputs[, dynamic_axes]).
+    A program file needs neither the class nor trust to be loaded, and torch.load reads it as a state dict.
 
     \b
     Example:
       kfe-fx capture net.py:build --state weights.pt -o model.pt
     """
+    if calibration is not None and data is None:
+        raise UsageError("--calibration keeps examples of --data, which is not given")
     if state is not None:
         targets.require_model(state)
     targets.require_folder(target.parent)
@@ -52,11 +105,13 @@ def command(
     targets.require_free([target], sources=[p for p in (state, source) if p is not None], force=force)
 
     import kfe_fx
-    from kfe_fx.data import load_data
-    from kfe_fx.frontend.load import load_factory
 
-    program = load_factory(factory, state=state, inputs=inputs, data=load_data(data) if data else None)
-    kfe_fx.save(program, target)
+    examples = load_examples(data)
+    program = capture(factory, state, inputs, examples)
+    kept = None
+    if examples is not None and calibration is not None:
+        kept = sample(examples, calibration, program.signature.input_names)
+    kfe_fx.save(program, path=target, calibration=kept)
     if not quiet:
         for note in program.notes:
             click.echo(f"note: {note}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
 
 from kfe_fx.cli import options, output, targets
+from kfe_fx.cli.examples import load_examples
 
 
 @click.command("export")
@@ -21,6 +23,7 @@ from kfe_fx.cli import options, output, targets
 )
 @options.force
 @options.loading
+@options.example_data
 @options.as_json
 @options.quiet
 def command(
@@ -31,6 +34,7 @@ def command(
     arch: str | None,
     trust: bool,
     inputs: tuple[str, ...],
+    data: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -49,10 +53,24 @@ def command(
     targets.require_free([target], sources=[model], force=force)
 
     import kfe_fx
+    from kfe_fx.runtime.parity import verify
 
-    program = kfe_fx.load(model, arch=arch, trust=trust, inputs=inputs)
-    kfe_fx.export(program, target)
+    program = kfe_fx.load(model, arch=arch, trust=trust, inputs=inputs, data=load_examples(data))
+    # written beside the target and proved there; only then does it take its name
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        report = kfe_fx.export(program, Path(aside) / target.name)
+        proof = verify(program, report.path)
+        files = [target.parent / Path(file).name for file in report.files]
+        # the weights first, where they are a file of their own: a graph in place always finds them
+        for file in sorted(files, key=lambda file: file == target):
+            (Path(aside) / file.name).replace(file)
     if as_json:
-        output.show_json({"model": model, "file": target, "bytes": target.stat().st_size})
+        output.show_json(
+            {"model": model, **report.to_json(), "path": target, "files": files, "parity": proof.to_json()}
+        )
     elif not quiet:
-        click.echo(f"wrote {target}")
+        for note in dict.fromkeys((*report.notes, *proof.notes)):
+            click.echo(f"note: {note}")
+        click.echo(f"largest error of an output, relative to its size: {proof.error:.1e}")
+        for file in files:
+            click.echo(f"wrote {file}")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kfe_fx.cli import options, output, targets
+from kfe_fx.cli.examples import load_examples
 
 
 def layers(program: Any, analysis: Any) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def show(facts: dict[str, Any]) -> None:
 @click.command("inspect")
 @options.MODEL
 @options.loading
-@options.data
+@options.example_data
 @options.as_json
 def command(
     *, model: Path, arch: str | None, trust: bool, inputs: tuple[str, ...], data: str | None, as_json: bool
@@ -99,9 +100,8 @@ def command(
     targets.require_model(model)
 
     import kfe_fx
-    from kfe_fx.data import load_data
 
-    program = kfe_fx.load(model, arch=arch, trust=trust, inputs=inputs, data=load_data(data) if data else None)
+    program = kfe_fx.load(model, arch=arch, trust=trust, inputs=inputs, data=load_examples(data))
     facts = describe(program, kfe_fx.analyze(program))
     if as_json:
         output.show_json({"model": model, **facts})

@@ -53,11 +53,17 @@ class Reference(click.ParamType):
 
     name = "file.py:name"
 
+    def __init__(self, *named: str) -> None:
+        self.named = named  # words that stand for something built in
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the form; the file is read when it is needed."""
+        if value in self.named:
+            return str(value)
         place, _, name = str(value).rpartition(":")
         if not place or not name.isidentifier():
-            self.fail(f"{value!r} does not name a function: write file.py:name or package.module:name", param, ctx)
+            forms = (*self.named, "file.py:name", "package.module:name")
+            self.fail(f"{value!r} does not name a function: write {' or '.join(forms)}", param, ctx)
         return str(value)
 
 
@@ -106,6 +112,11 @@ data = click.option(
     help="Examples to score and fine-tune with: an .npz with x and y, a folder of images with one folder per "
     "class, file.py:function (which runs it), glyphs:COUNT or digits. Without it the scores are data-free and "
     "nothing is fine-tuned.",
+)
+
+# Where the examples only show what the network reads.
+example_data = click.option(
+    "--data", metavar="DATA", help="Where the file has no example input: take the first of these, as for prune."
 )
 
 measuring = stack(

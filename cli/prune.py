@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kfe_fx.cli import options, output, targets
+from kfe_fx.cli.examples import load_examples
 
 SUFFIXES = (".pruned.onnx", ".pruned.pt", ".pruned.json")
 
@@ -39,48 +40,28 @@ def check_targets(job: Job) -> None:
     targets.require_free(wanted, sources=inputs, force=job.force)
 
 
-def load_examples(spec: str | None) -> Any:
-    """Load what --data or --val names, or None."""
-    if spec is None:
-        return None
-    from kfe_fx.data import load_data
-
-    return load_data(spec)
-
-
-def load_callable(reference: str | None) -> Any:
-    """Load the function that --loss or --eval names, or None."""
-    if reference is None:
-        return None
-    from kfe_fx.frontend.load import load_function
-
-    return load_function(reference)
-
-
 def run(job: Job) -> None:
     """Prune, write the three files, and show what became of the network."""
     check_targets(job)
     if job.settings["budget"] == 1.0:
         text = "nothing to do: a budget of 1 keeps the whole network; no file was written"
         if job.as_json:
-            output.show_json({"model": job.model, "budget": 1.0, "modified": False, "note": text, "files": {}})
+            output.show_json({"model": job.model, "budget": 1.0, "modified": False, "note": text, "files": []})
         elif not job.quiet:
             click.echo(text)
         return
 
     import kfe_fx
+    from kfe_fx.training.losses import resolve_loss
+    from kfe_fx.training.metrics import resolve_metric
 
-    data = load_examples(job.data)
+    # what is quick to find wrong comes first
+    loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
+    data, val = load_examples(job.data), load_examples(job.val)
     program = kfe_fx.load(job.model, data=data, **job.loading)
     with output.progress(quiet=job.quiet) as report:
         result = kfe_fx.prune(
-            program,
-            data=data,
-            val=load_examples(job.val),
-            evaluate=load_callable(job.evaluate),
-            loss=load_callable(job.loss),
-            progress=report,
-            **job.settings,
+            program, data=data, val=val, evaluate=evaluate, loss=loss, progress=report, **job.settings
         )
         paths = result.write(job.folder, job.model.stem, force=job.force)
     show(job, result, paths)
@@ -124,13 +105,15 @@ def show(job: Job, result: Any, paths: Any) -> None:
 @click.option(
     "--eval",
     "evaluate",
-    type=options.Reference(),
-    help="A function (module, data) -> float to report instead of accuracy; larger is better.",
+    type=options.Reference("accuracy", "mse"),
+    help="What to report: accuracy, mse, or a function (module, loader) -> float of which larger is better. Default: "
+    "accuracy for integer targets, mse for floats.",
 )
 @click.option(
     "--loss",
-    type=options.Reference(),
-    help="A function (output, target) -> loss. Default: cross-entropy for integer targets, mean square for floats.",
+    type=options.Reference("cross-entropy", "mse"),
+    help="cross-entropy, mse, or a function (outputs, targets) -> loss. Default: cross-entropy for integer targets, "
+    "mse for floats.",
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none.")
 @click.option("--lr", type=options.Number(), help="Learning rate of the fine-tuning.")

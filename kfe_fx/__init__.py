@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from kfe_fx.format import save as save
     from kfe_fx.frontend.capture import capture as capture
     from kfe_fx.frontend.load import load_program as load
-    from kfe_fx.labels import analyze as analyze
+    from kfe_fx.labels.analysis import analyze as analyze
     from kfe_fx.passes.prune import PruneResult as PruneResult
     from kfe_fx.passes.prune import prune as prune
     from kfe_fx.plan import Plan as Plan
     from kfe_fx.program import Program as Program
     from kfe_fx.runtime.onnx_file import export as export
-    from kfe_fx.runtime.verify import verify as verify
+    from kfe_fx.runtime.artifacts import verify as verify
 
 __version__ = "0.1.0"
 
@@ -48,13 +48,13 @@ _LAZY = {
     "Plan": "kfe_fx.plan:Plan",
     "Program": "kfe_fx.program:Program",
     "PruneResult": "kfe_fx.passes.prune:PruneResult",
-    "analyze": "kfe_fx.labels:analyze",
+    "analyze": "kfe_fx.labels.analysis:analyze",
     "capture": "kfe_fx.frontend.capture:capture",
     "export": "kfe_fx.runtime.onnx_file:export",
     "load": "kfe_fx.frontend.load:load_program",
     "prune": "kfe_fx.passes.prune:prune",
     "save": "kfe_fx.format:save",
-    "verify": "kfe_fx.runtime.verify:verify",
+    "verify": "kfe_fx.runtime.artifacts:verify",
 }
 
 __all__ = [

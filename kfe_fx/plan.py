@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kfe_fx.errors import PlanError
+from kfe_fx.program import tied_names
 
 if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
@@ -36,6 +37,7 @@ class Plan:
     def of_units(cls, analysis: Analysis, removed: Iterable[int], scores: Any = None, heads: str = "auto") -> Plan:
         """Make the plan that removes the given units of an analysis."""
         gone = sorted(set(removed))
+        aliases = tied_names(analysis.program.module())
         kept: dict[str, list[tuple[int, list[int]]]] = {}
         for name in analysis.params:
             changed = [
@@ -44,7 +46,7 @@ class Plan:
                 if indices is not None
             ]
             if changed:
-                for alias in analysis.program.names_of(name):
+                for alias in aliases.get(name, (name,)):
                     kept[alias] = changed
         actions = tuple(
             {
@@ -64,15 +66,17 @@ class Plan:
             PlanError: the plan cuts slices that are not whole units of this network.
         """
         removed: set[int] = set()
+        aliases = tied_names(analysis.program.module())
         for name, changes in self.kept.items():
-            canonical = analysis.program.names_of(name)[0]
+            canonical = aliases.get(name, (name,))[0]
             if canonical not in analysis.params:
                 raise PlanError(f"the plan cuts {name!r}, which this network does not have or does not use")
             for dim, indices in changes:
                 removed |= _gone(analysis, canonical, dim, indices)
         expected = Plan.of_units(analysis, removed).kept
         if {name: sorted(changes) for name, changes in expected.items()} != {
-            name: sorted((dim, list(map(int, indices))) for dim, indices in changes) for name, changes in self.kept.items()
+            name: sorted((dim, list(map(int, indices))) for dim, indices in changes)
+            for name, changes in self.kept.items()
         }:
             wrong = sorted(set(expected) ^ set(self.kept)) or sorted(n for n in expected if expected[n] != self.kept[n])
             raise PlanError(f"the plan does not remove whole units of this network (first at {wrong[0]!r})")

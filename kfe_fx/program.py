@@ -49,7 +49,10 @@ class Signature:
         if missing:
             raise UsageError(f"missing argument {missing[0]!r}: this network takes {list(self.arg_names)}")
         values = [bound[name] for name in self.arg_names]
-        nested = (tuple(values[: self.positional]), dict(zip(self.arg_names[self.positional :], values[self.positional :], strict=True)))
+        nested = (
+            tuple(values[: self.positional]),
+            dict(zip(self.arg_names[self.positional :], values[self.positional :], strict=True)),
+        )
         return flatten_like(self.inputs, nested, "the inputs")
 
 
@@ -173,7 +176,9 @@ class Program:
 
     def copy(self) -> Program:
         """Return an independent copy: no tensor and no graph is shared."""
-        return Program(copy.deepcopy(self._module), self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras))
+        return Program(
+            copy.deepcopy(self._module), self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras)
+        )
 
     def flat_examples(self) -> list[Any]:
         """Return the example inputs in graph order."""

@@ -55,7 +55,10 @@ def propagate(program: Program, graph: str = "eval", sizes: dict[str, int] | Non
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = sized_examples(program, sizes)
     with mode, torch.no_grad():
-        fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value for value in inputs]
+        fakes = [
+            mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+            for value in inputs
+        ]
         runner = _Propagator(program, program.graphs[graph], mode)
         runner.run(*fakes)
     return dict(runner.env)

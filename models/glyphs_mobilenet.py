@@ -68,6 +68,8 @@ class GlyphsMobileNet(nn.Module):
             InvertedResidual(96, 96, 384, 1, squeeze=False),
             InvertedResidual(96, 96, 384, 1, squeeze=False),
             InvertedResidual(96, 96, 384, 1, squeeze=False),
+            InvertedResidual(96, 96, 384, 1, squeeze=False),
+            InvertedResidual(96, 96, 384, 1, squeeze=False),
         )
         self.stage3 = nn.Sequential(
             InvertedResidual(96, 128, 384, 2, squeeze=True),

@@ -13,7 +13,7 @@ from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
-from kfe_fx.program import Program, named_tensors, put_tensor
+from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
 from kfe_fx.shapes import propagate
 
 
@@ -60,7 +60,8 @@ class Shrink(Pass):
 def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int]) -> int:
     """Slice parameters, buffers and constants in place; tied ones stay tied. Return how many changed."""
     tensors = named_tensors(program.module())
-    transient = {name for name in tensors if name not in program.state_dict()}
+    lasting = program.state_dict().keys()
+    aliases = tied_names(program.module())
     count = 0
     for name in analysis.params:
         kept = [(dim, index) for dim, index in enumerate(analysis.kept(name, removed)) if index is not None]
@@ -71,8 +72,8 @@ def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int])
         for dim, index in kept:
             value = value.index_select(dim, torch.from_numpy(index).to(value.device))
         value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-        for alias in program.names_of(name):
-            put_tensor(program.module(), alias, value, persistent=alias not in transient)
+        for alias in aliases.get(name, (name,)):
+            put_tensor(program.module(), alias, value, persistent=alias in lasting)
         count += 1
     return count
 

@@ -115,7 +115,9 @@ class PeakMemory:
         self._length = length
         self._coefficient = np.array([s.bytes.coefficient for s in storages], dtype=np.int64)
         most = max((len(s.bytes.widths) for s in storages), default=0)
-        self._factors = np.array([[*s.bytes.widths, *[-1] * (most - len(s.bytes.widths))] for s in storages], dtype=np.int64)
+        self._factors = np.array(
+            [[*s.bytes.widths, *[-1] * (most - len(s.bytes.widths))] for s in storages], dtype=np.int64
+        )
 
     def terms(self) -> None:
         """Say that a peak is no sum."""
@@ -264,7 +266,9 @@ def _storages(model: CostModel) -> list[_Storage]:
             continue
         varying.add(node)
         held = _tensors_in(model.values.get(node))
-        used = [tensor for arg in node.all_input_nodes if arg in varying for tensor in _tensors_in(model.values.get(arg))]
+        used = [
+            tensor for arg in node.all_input_nodes if arg in varying for tensor in _tensors_in(model.values.get(arg))
+        ]
         for tensor in (*used, *held):
             end[_storage(tensor)] = position
         if node.op == "output":

@@ -86,7 +86,7 @@ class Sizes:
         sizes = {width: self.sizes[width] + drop[now] - drop[stop] for width, drop in self.drops[track]}
         if self.joint[track]:
             mask = self.mask.copy()
-            self._mark(mask, track, now, stop)
+            self.mark(mask, track, now, stop)
             for width in self.joint[track]:
                 sizes[width] = self.widths.size(width, mask)
                 if width in self._joint_aligned and sizes[width] % self._block:
@@ -98,10 +98,11 @@ class Sizes:
         changed = self.changed(track, stop)
         for width, size in (changed or {}).items():
             self.sizes[width] = size
-        self._mark(self.mask, track, self.stops[track], stop)
+        self.mark(self.mask, track, self.stops[track], stop)
         self.stops[track] = stop
 
-    def _mark(self, mask: np.ndarray, track: int, now: int, stop: int) -> None:
+    def mark(self, mask: np.ndarray, track: int, now: int, stop: int) -> None:
+        """Set or clear in ``mask`` the units between two stops of a track."""
         low, high = sorted((now, stop))
         for portion in self.tracks[track].portions[low:high]:
             mask[list(portion)] = stop > now
@@ -190,7 +191,7 @@ class WholeState:
         if self._sizes.changed(track, stop) is None:
             return None
         mask = self._sizes.mask.copy()
-        self._sizes._mark(mask, track, self.stops[track], stop)
+        self._sizes.mark(mask, track, self.stops[track], stop)
         return float(self._guide(mask))
 
     def move(self, track: int, stop: int) -> None:

@@ -45,13 +45,15 @@ class Archive:
         """Read and check the directory of the zip; ``handle`` stays the caller's."""
         self.handle = handle
         self.length = handle.seek(0, 2)
-        self.end = _check_end(handle, self.length)
+        self.end, count = _check_end(handle, self.length)
         try:
             with zipfile.ZipFile(handle) as opened:
                 infos = opened.infolist()
                 self.comment = opened.comment
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
             raise Malformed(f"a damaged zip: {error}"[:200]) from None
+        if len(infos) != count:
+            raise Malformed("the directory of the zip does not fit the file")
         self.root, self.members = self._members(infos)
 
     def _members(self, infos: list[zipfile.ZipInfo]) -> tuple[str, dict[str, Member]]:
@@ -174,8 +176,8 @@ def seal(handle: BinaryIO) -> None:
     handle.flush()
 
 
-def _check_end(handle: BinaryIO, length: int) -> int:
-    """Return where the directory starts, before zipfile reads all of it into memory."""
+def _check_end(handle: BinaryIO, length: int) -> tuple[int, int]:
+    """Return where the directory starts and how many records it names, before zipfile reads all of it into memory."""
     tail_start = max(0, length - _END.size - 0xFFFF)
     handle.seek(tail_start)
     tail = handle.read(length - tail_start)
@@ -190,7 +192,7 @@ def _check_end(handle: BinaryIO, length: int) -> int:
         stop, count, size, start = _check_end64(handle, stop)
     if start + size != stop or size > _LARGEST_DIRECTORY or count > _MOST_RECORDS or count * 46 > size:
         raise Malformed("the directory of the zip does not fit the file")
-    return start
+    return start, count
 
 
 def _has_locator(handle: BinaryIO, stop: int) -> bool:

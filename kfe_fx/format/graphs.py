@@ -37,7 +37,9 @@ def _encode_node(node: fx.Node, index: dict[fx.Node, int]) -> dict[str, Any]:
     else:
         target = str(node.target) if node.op in ("placeholder", "get_attr", "output") else None
     if target is None:
-        raise UnsupportedModel(f"{where}: {node.op} of {node.target} has no form in a program file; replace the operation")
+        raise UnsupportedModel(
+            f"{where}: {node.op} of {node.target} has no form in a program file; replace the operation"
+        )
     entry: dict[str, Any] = {"op": node.op, "target": target, "name": node.name}
     if node.args:
         entry["args"] = [encode(argument, index.__getitem__, where) for argument in node.args]
@@ -107,7 +109,9 @@ class _Reader:
                 raise Malformed(f"{where}: there is no tensor {target[:80]!r}")
         elif op != "output" or target != "output" or kwargs or len(args) != 1 or not isinstance(args[0], tuple | list):
             known = op in ("placeholder", "get_attr", "output")
-            raise Malformed(f"{where}: not a valid {op}" if known else f"{where}: unknown node kind {op[:40]!r}; update kfe-fx")
+            raise Malformed(
+                f"{where}: not a valid {op}" if known else f"{where}: unknown node kind {op[:40]!r}; update kfe-fx"
+            )
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:
         target = opset.resolve(name)
@@ -143,9 +147,9 @@ class _Reader:
         sizes = [self.bits[arg] if isinstance(arg, fx.Node) else _bits(arg) for arg in node.args]
         if name == "operator.pow":
             exponent = node.args[1]
-            if type(exponent) is not int or not 0 <= exponent <= 64:
-                raise Malformed(f"{where}: a power of a size is a literal from 0 to 64")
-            total = sizes[0] * max(1, exponent)
+            if not isinstance(exponent, int | float) or not -64 <= exponent <= 64:
+                raise Malformed(f"{where}: a power of a size is a literal from -64 to 64")
+            total = sizes[0] * max(1, int(exponent))
         else:
             total = sum(sizes) if name == "operator.mul" else max(sizes) + 1
         if total > _MOST_BITS:
@@ -183,9 +187,9 @@ def check_code(graph: fx.Graph, inputs: Collection[str], where: str) -> None:
         Malformed: so it is.
     """
     code = graph.python_code("self")
-    hidden = {*inputs} & {*code.globals, "torch", "self"}
+    hidden = {*inputs, *(node.name for node in graph.nodes)} & {*code.globals, "torch", "self"}
     if hidden:
-        raise Malformed(f"{where}: an input cannot be called {min(hidden)!r}")
+        raise Malformed(f"{where}: nothing in it can be called {min(hidden)!r}")
     try:
         tree = compile(code.src, "<graph>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -36,7 +36,9 @@ def prepared(value: torch.Tensor, name: str) -> torch.Tensor:
     """
     plain = value.detach()
     if plain.is_meta or plain.layout is not torch.strided or plain.is_quantized or plain.dtype not in DTYPE_NAMES:
-        raise UnsupportedModel(f"the tensor {name!r} ({plain.dtype}, {plain.layout}) has no form in a program file; convert it")
+        raise UnsupportedModel(
+            f"the tensor {name!r} ({plain.dtype}, {plain.layout}) has no form in a program file; convert it"
+        )
     plain = plain.cpu().resolve_conj().resolve_neg()
     whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
     if type(plain) is not torch.Tensor or not whole or not _dense(plain.shape, plain.stride()):
@@ -46,7 +48,7 @@ def prepared(value: torch.Tensor, name: str) -> torch.Tensor:
 
 def raw(value: torch.Tensor) -> memoryview:
     """Return the bytes of a prepared tensor without copying them."""
-    return memoryview(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy())
+    return torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy().data
 
 
 def describe(value: torch.Tensor, where: str) -> dict[str, Any]:

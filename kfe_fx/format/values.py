@@ -207,5 +207,3 @@ def decode_template(value: Any, where: str, leaves: list[int], depth: int = 0) -
     if len(result) != len(inner):
         raise Malformed(f"{where}: a key stands twice")
     return result
-
-

@@ -19,6 +19,9 @@ def align(evaluation: fx.Graph, training: fx.Graph) -> tuple[list[str], list[str
     matcher = difflib.SequenceMatcher(None, [_key(n) for n in first], [_key(n) for n in second], autojunk=False)
     for index, node in enumerate(second):
         node._rename(f"{TRAIN_ONLY}{index}")
+    # a namespace never forgets a name; without this a counterpart would come out as "relu_1" beside "relu"
+    training._graph_namespace._used_names.intersection_update({node.name for node in second})
+    training._graph_namespace._base_count.clear()
     matched: set[fx.Node] = set()
     for block in matcher.get_matching_blocks():
         for offset in range(block.size):

@@ -133,7 +133,9 @@ def _export_dynamic(
         return exported, requested
     if explicit:
         name = next(name for name, dims in pinned.items() if dims)
-        raise UnsupportedModel(f"dim {pinned[name][0]} of the input {name!r} cannot be dynamic: the network pins its size")
+        raise UnsupportedModel(
+            f"dim {pinned[name][0]} of the input {name!r} cannot be dynamic: the network pins its size"
+        )
     kept = {name: {d: axis for d, axis in dims.items() if d not in pinned[name]} for name, dims in requested.items()}
     for name, dims in pinned.items():
         for dim in dims:
@@ -208,7 +210,9 @@ def _export_training(module: nn.Module, call: Call, axes: dict[str, Any], notes:
         if child.training and getattr(child, "track_running_stats", False) and getattr(child, "momentum", 0.1) is None
     ]
     if averaging:
-        notes.append(f"training mode not captured: {averaging[0]} has momentum=None (cumulative average); set a momentum to train")
+        notes.append(
+            f"training mode not captured: {averaging[0]} has momentum=None (cumulative average); set a momentum to train"
+        )
         return None
     try:
         return _export(module, call, axes)
@@ -230,4 +234,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-

@@ -8,6 +8,7 @@ are known exactly: fake tensors share their storage as the real ones do. Mutated
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ def _mutates(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     return node.target._schema.is_mutable
+
+
+def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
+    # a default of the in-place overload may be none of the pure one: bernoulli_(p=0.5) and bernoulli(p)
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    left_out = [arg for arg in schema[len(node.args) :] if not arg.kwarg_only and arg.name not in node.kwargs]
+    return (*node.args, *(arg.default_value for arg in left_out if arg.has_default_value()))
 
 
 def _storage(node: Any) -> int | None:
@@ -144,7 +152,7 @@ class _Purifier:
             pure = getattr(packet, overload or "default", None) if packet is not None else None
         if pure is None:
             raise _refusal(node, "no pure form of it is known")
-        made = self._made(pure, node.args, node)
+        made = self._made(pure, _with_defaults(node), node)
         made.kwargs = node.kwargs
         return made
 
@@ -189,9 +197,11 @@ class _Purifier:
         if target in (aten.transpose.int, aten.t.default):
             return self._made(target, (value, *args[1:]), parent)
         if target is aten.select.int:
-            return self._made(aten.select_scatter.default, (whole, value, *args[1:]), parent)
+            return self._put(parent, whole, value, args[1], args[2], select=True)
+        if target is aten.narrow.default:
+            return self._put(parent, whole, value, args[1], args[2], args[2] + args[3])
         if target is aten.slice.Tensor:
-            return self._made(aten.slice_scatter.default, (whole, value, *args[1:]), parent)
+            return self._put_slice(parent, whole, value, *args[1:])
         if target in _IDENTITIES or _mutates(node):
             return value
         raise _refusal(cause, f"it changes a view made by {target}")
@@ -203,15 +213,64 @@ class _Purifier:
         rank = source.meta["val"].dim()
         if pieces.target is aten.unbind.int:
             dim = args[1] if len(args) > 1 else 0
-            made = self._made(aten.select_scatter.default, (whole, value, dim, index), source)
+            made = self._put(source, whole, value, dim, index, select=True)
         elif pieces.target in (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default):
             dim = (args[2] if len(args) > 2 else 0) % rank
             sizes = [piece.shape[dim] for piece in pieces.meta["val"]]
             start = sum(sizes[:index])
-            made = self._made(aten.slice_scatter.default, (whole, value, dim, start, start + sizes[index]), source)
+            made = self._put(source, whole, value, dim, start, start + sizes[index])
         else:
             raise _refusal(cause, f"it changes a view made by {pieces.target}")
         return made
+
+    def _put_slice(
+        self,
+        parent: fx.Node,
+        whole: fx.Node,
+        value: fx.Node,
+        dim: int = 0,
+        start: Any = None,
+        end: Any = None,
+        step: int = 1,
+    ) -> fx.Node:
+        size = parent.meta["val"].shape[dim]
+        numbers = isinstance(size, int) and not isinstance(start, fx.Node) and not isinstance(end, fx.Node)
+        if numbers and step == 1:
+            first, last, _ = slice(start, end).indices(size)
+            return self._put(parent, whole, value, dim, first, last)
+        full = (start is None or start == 0) and (end is None or (isinstance(end, int) and end >= sys.maxsize))
+        if full and step == 1:
+            return value
+        return self._made(aten.slice_scatter.default, (whole, value, dim, start, end, step), parent)
+
+    def _put(
+        self,
+        parent: fx.Node,
+        whole: fx.Node,
+        value: fx.Node,
+        dim: int,
+        first: int,
+        last: int = 0,
+        *,
+        select: bool = False,
+    ) -> fx.Node:
+        """Put ``value`` at ``first:last`` of a dim: before, value, after, as one concatenation."""
+        size = parent.meta["val"].shape[dim]
+        if not isinstance(size, int):
+            target = aten.select_scatter.default if select else aten.slice_scatter.default
+            return self._made(
+                target, (whole, value, dim, first) if select else (whole, value, dim, first, last), parent
+            )
+        if select:
+            first %= size
+            last = first + 1
+            value = self._made(aten.unsqueeze.default, (value, dim % parent.meta["val"].dim()), parent)
+        pieces = [value]
+        if first > 0:
+            pieces.insert(0, self._made(aten.slice.Tensor, (whole, dim, 0, first), parent))
+        if last < size:
+            pieces.append(self._made(aten.slice.Tensor, (whole, dim, last, size), parent))
+        return value if len(pieces) == 1 else self._made(aten.cat.default, (pieces, dim), parent)
 
     def _sizes(self, node: fx.Node, shape: torch.Size) -> list[Any]:
         return [
@@ -229,4 +288,6 @@ class _Purifier:
 
 def _refusal(node: fx.Node, why: str) -> UnsupportedModel:
     where = node.meta.get("source", "")
-    return UnsupportedModel(f"{where}: the in-place operation {node.target} cannot be made pure: {why}; write it out of place")
+    return UnsupportedModel(
+        f"{where}: the in-place operation {node.target} cannot be made pure: {why}; write it out of place"
+    )

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_LIBRARIES = tuple({os.path.realpath(path) for path in sysconfig.get_paths().values() if path and "site-packages" in path})
+_LIBRARIES = tuple(
+    {os.path.realpath(path) for path in sysconfig.get_paths().values() if path and "site-packages" in path}
+)
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"])
 _OURS = str(Path(__file__).resolve().parents[1])
 _OWN_MODELS = os.path.realpath(os.path.join(_OURS, "models"))

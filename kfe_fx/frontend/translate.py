@@ -14,10 +14,18 @@ from kfe_fx.frontend.inline import inline_regions
 from kfe_fx.frontend.purify import purify
 
 aten = torch.ops.aten
-_CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+_CHECKS = (
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 
 
-def translate(exported: ExportedProgram, names: Sequence[str], constants: dict[str, torch.Tensor], mode: str) -> fx.Graph:
+def translate(
+    exported: ExportedProgram, names: Sequence[str], constants: dict[str, torch.Tensor], mode: str
+) -> fx.Graph:
     """Return the graph of ``exported`` with flat inputs ``names`` and pure operations.
 
     Constants that the trace lifted are added to ``constants`` under a name that is theirs in both modes.
@@ -83,7 +91,11 @@ def _constant(exported: ExportedProgram, name: str, constants: dict[str, torch.T
 
 def _drop_checks(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and str(node.target).removeprefix("aten.").split(".")[0] in _CHECKS and not node.users:
+        if (
+            node.op == "call_function"
+            and str(node.target).removeprefix("aten.").split(".")[0] in _CHECKS
+            and not node.users
+        ):
             graph.erase_node(node)
 
 
@@ -110,11 +122,15 @@ def _drop_noise(graph: fx.Graph, constants: Container[str]) -> None:
 
 def input_shapes(exported: ExportedProgram) -> list[torch.Size]:
     """Return the (symbolic) shapes of the tensor inputs in flat order."""
-    users = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs]
+    users = [
+        n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs
+    ]
     return [n.meta["val"].shape for n in users if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def axis_names(exported: ExportedProgram, names: Sequence[str], axes: dict[str, dict[int, str | None]]) -> dict[str, dict[int, str]]:
+def axis_names(
+    exported: ExportedProgram, names: Sequence[str], axes: dict[str, dict[int, str | None]]
+) -> dict[str, dict[int, str]]:
     """Name the dynamic axes: the user's names, else "batch" for dim 0 and "axis" for others, one name per size symbol."""
     by_symbol: dict[str, str] = {}
     taken: set[str] = {axis for dims in axes.values() for axis in dims.values() if axis}

@@ -20,11 +20,12 @@ from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rul
     spatial,
 )
 from kfe_fx.labels.registry import RULES
+from kfe_fx.labels.examples import follow_examples, freeze_irregular
 from kfe_fx.labels.sites import GateSite, Site, gate_sites, mint_sites
 from kfe_fx.labels.tracker import Dims, Tracker
 from kfe_fx.labels.unionfind import UnionFind
 from kfe_fx.labels.units import FrozenDim, Group, Unit, UnitTable, build_units
-from kfe_fx.program import Program
+from kfe_fx.program import Program, tied_names
 from kfe_fx.shapes import propagate
 
 BATCH = 2  # a batch of two tells the batch from dims of size one
@@ -82,6 +83,9 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
         for mode in sorted(program.graphs)
     }
     evaluation = trackers["eval"]
+    examples = follow_examples(program, BATCH)
+    track(examples, program.graphs["eval"], "eval", evaluation.fakes)
+    freeze_irregular(evaluation, examples, program.graphs["eval"], BATCH)
     mints = mint_sites(evaluation, program.graphs["eval"])
     table = build_units(program, trackers, parameters, mints)
     sites = [site for mint in mints if (site := table.site(mint)) is not None]
@@ -92,7 +96,7 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
         table.floors,
         table.frozen_dims(parameters),
         sites,
-        gate_sites(program, evaluation, sites, table),
+        gate_sites(program.graphs["eval"], examples, sites),
         statistics_changed(evaluation, program.graphs["eval"], table),
         {name: table.layout(dims) for name, dims in parameters.items()},
         trackers,
@@ -100,17 +104,17 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
     )
 
 
-def track(tracker: Tracker, graph: fx.Graph, mode: str) -> Tracker:
+def track(tracker: Tracker, graph: fx.Graph, mode: str, fakes: dict[Any, Any] | None = None) -> Tracker:
     """Run the rules over one graph and return the tracker with every node's labels."""
     axes = {axis for dims in tracker.program.axes.values() for axis in dims.values()}
     tracker.sizes = {"batch": BATCH} if "batch" in axes else {}
-    for node, fake in propagate(tracker.program, mode, tracker.sizes).items():
-        tracker.fakes[node] = fake
+    tracker.fakes.fill(propagate(tracker.program, mode, tracker.sizes) if fakes is None else fakes)
+    aliases = tied_names(tracker.program.module())
     for node in graph.nodes:
         if node.op == "placeholder":
             tracker.values[node] = tracker.input(node)
         elif node.op == "get_attr":
-            name = tracker.program.names_of(str(node.target))[0]
+            name = aliases.get(str(node.target), (str(node.target),))[0]
             tracker.values[node] = tracker.parameter(name, tracker.program.tensor(name))
             tracker.static[node] = True
         elif node.op == "output":

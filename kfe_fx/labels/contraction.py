@@ -56,7 +56,10 @@ def linear(tracker: Tracker, node: fx.Node) -> Dims:
 def _with_bias(tracker: Tracker, node: fx.Node, dims: Dims, bias: Any) -> Dims:
     if bias is None:
         return dims
-    return (*dims[:-1], tracker.unify(dims[-1], tracker.dims(bias)[-1], node) if tracker.shape(bias)[-1] > 1 else dims[-1])
+    return (
+        *dims[:-1],
+        tracker.unify(dims[-1], tracker.dims(bias)[-1], node) if tracker.shape(bias)[-1] > 1 else dims[-1],
+    )
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
@@ -105,7 +108,10 @@ def einsum(tracker: Tracker, node: fx.Node) -> Dims | None:
 def _without_ellipsis(tracker: Tracker, terms: list[str], out: str, operands: list[Any]) -> tuple[list[str], str]:
     if not any("..." in term for term in terms):
         return terms, out
-    ranks = [len(tracker.shape(operand)) - len(term.replace("...", "")) for operand, term in zip(operands, terms, strict=True)]
+    ranks = [
+        len(tracker.shape(operand)) - len(term.replace("...", ""))
+        for operand, term in zip(operands, terms, strict=True)
+    ]
     most = max(rank for rank, term in zip(ranks, terms, strict=True) if "..." in term)
     extra = "".join(chr(0x3B1 + index) for index in range(most))  # Greek: never a letter of the user's
     spelled = [term.replace("...", extra[most - rank :]) for term, rank in zip(terms, ranks, strict=True)]

@@ -21,9 +21,11 @@ _TRANSPOSED = overloads(aten, "conv_transpose1d.default", "conv_transpose2d.inpu
 WHOLE, POSITIONS = "whole groups", "positions in groups"
 
 
+_GROUPS = 6  # the place of the argument in both kinds
+
+
 def _groups(node: fx.Node) -> int:
-    place = 7 if node.target in _TRANSPOSED else 6
-    groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
+    groups = node.args[_GROUPS] if len(node.args) > _GROUPS else node.kwargs.get("groups", 1)
     return int(groups)  # type: ignore[arg-type]
 
 
@@ -71,7 +73,6 @@ def _grouped(tracker: Tracker, node: fx.Node, source: Layers, out_dim: int, grou
     """
     weight = node.args[1]
     shape, kernel = tracker.shape(weight), tracker.dims(weight)
-    split, per_group = kernel[out_dim], kernel[1 - out_dim]
     # the dim of the weight that runs over all groups is dim 0 in both kinds; dim 1 is per group
     whole_dim, group_dim = kernel[0], kernel[1]
     width, inner = shape[0] // groups, shape[1]
@@ -135,8 +136,7 @@ def new_groups(moved: Relocation, node: fx.Node) -> None:
     channel = len(moved.tracker.shape(inputs)) - (len(moved.tracker.shape(weight)) - 1)
     per_group = moved.size_before(inputs, channel) // groups
     left: Any = moved.size_after(inputs, channel) // per_group
-    place = 7 if node.target in _TRANSPOSED else 6
-    if len(node.args) > place:
-        node.update_arg(place, left)
+    if len(node.args) > _GROUPS:
+        node.update_arg(_GROUPS, left)
     else:
         node.update_kwarg("groups", left)

@@ -30,7 +30,7 @@ _PLAIN = overloads(
     *(
         "flatten.using_ints unflatten.int transpose.int permute t numpy_T mT swapaxes movedim.intlist movedim.int "
         "unsqueeze squeeze squeeze.dim squeeze.dims select.int slice.Tensor unbind.int cat concat stack repeat "
-        "repeat_interleave.self_int pixel_shuffle pixel_unshuffle flip im2col select_scatter slice_scatter tile"
+        "repeat_interleave.self_int pixel_shuffle pixel_unshuffle flip im2col tile"
     ).split(),
 )
 
@@ -63,9 +63,17 @@ def _carry(tracker: Tracker, node: fx.Node, function: Any, tensors: list[fx.Node
 def moved(tracker: Tracker, node: fx.Node) -> Any:
     """Trace any pure data movement by running it."""
     result = _run(tracker, node)
-    if node.target in _VIEWS:
+    if node.target in _VIEWS and tracker.relocates:
         _check_symbolic_sizes(tracker, node, result)
     return result
+
+
+@rule(*overloads(aten, "select_scatter.default", "slice_scatter.default"))
+def written(tracker: Tracker, node: fx.Node) -> Any:
+    """Trace a write into a part: what is overwritten must shrink with what is written."""
+    result = _run(tracker, node)
+    whole = tracker.dims(node.args[0])
+    return tuple(tracker.unify(*pair, node) if any(pair) else () for pair in zip(result, whole, strict=True))
 
 
 def _check_symbolic_sizes(tracker: Tracker, node: fx.Node, dims: Any) -> None:
@@ -82,7 +90,9 @@ def pad(tracker: Tracker, node: fx.Node) -> Any:
     source = node.args[0]
     amounts = tracker.concrete(node.args[1])
     mode = tracker.arg(node, 2, "mode", "constant")
-    function = lambda index: torch.nn.functional.pad(index, list(amounts), mode=mode, value=0 if mode == "constant" else None)  # noqa: E731
+    function = lambda index: torch.nn.functional.pad(
+        index, list(amounts), mode=mode, value=0 if mode == "constant" else None
+    )  # noqa: E731
     return _carry(tracker, node, function, [source])  # type: ignore[list-item]
 
 

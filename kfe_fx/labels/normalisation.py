@@ -97,5 +97,3 @@ def fewer_groups(moved: Relocation, node: fx.Node) -> None:
     if moved.tracker.decisions.get(node.name) == "whole":
         per_group = moved.size_before(node.args[0], 1) // groups
         node.update_arg(1, moved.size_after(node.args[0], 1) // per_group)
-
-

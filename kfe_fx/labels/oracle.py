@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from kfe_fx.labels.analysis import Analysis
+from kfe_fx.labels.analysis import BATCH, Analysis
 
 aten = torch.ops.aten
 
@@ -40,14 +40,15 @@ class _Masked(fx.Interpreter):
         value = self.tracker.values.get(n)
         if n.op != "call_function" or n in self.tracker.static or not isinstance(value, tuple):
             return super().run_node(n)
-        masks = self._masks(value)
+        result = super().run_node(n)
+        masks = self._masks(value, result.shape)
         if not masks:
-            return super().run_node(n)
+            return result
         if n.name in self.tracker.statistics and any(dim in masks for dim in self.tracker.statistics[n.name]):
             result = self._norm(n, masks)
+            forced = set(masks)  # centring moves zero wherever it stands
         else:
-            result = super().run_node(n)
-        forced = {dim for dim in masks if dim in self.minted.get(n.name, ())}
+            forced = {dim for dim in masks if dim in self.minted.get(n.name, ())}
         if forced != set(masks) and self._moves_zero(n, masks):
             forced = set(masks)
         for dim in forced:
@@ -55,10 +56,10 @@ class _Masked(fx.Interpreter):
             result = torch.where(shaped, torch.zeros((), dtype=result.dtype), result)
         return result
 
-    def _masks(self, value: Any) -> dict[int, torch.Tensor]:
+    def _masks(self, value: Any, shape: torch.Size) -> dict[int, torch.Tensor]:
         masks = {}
         for dim, layers in enumerate(self.table.layout(value)):
-            lost = [self.gone[layer] for layer in layers]
+            lost = [self.gone[at_size(layer, shape[dim])] for layer in layers]
             if lost and np.logical_or.reduce(lost).any():
                 masks[dim] = torch.from_numpy(np.logical_or.reduce(lost))
         return masks
@@ -69,7 +70,7 @@ class _Masked(fx.Interpreter):
         def zeroed(arg: fx.Node) -> Any:
             value = self.env[arg]
             carried = self.tracker.values.get(arg)
-            if isinstance(value, torch.Tensor) and arg not in self.tracker.static and self._masks(carried):
+            if isinstance(value, torch.Tensor) and arg not in self.tracker.static and self._masks(carried, value.shape):
                 return torch.zeros_like(value)
             return value
 
@@ -82,6 +83,16 @@ class _Masked(fx.Interpreter):
         names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
         given = dict(zip(names, args, strict=False)) | kwargs
         return masked_norm(str(n.target), given, masks)
+
+
+def at_size(layer: np.ndarray, size: int) -> np.ndarray:
+    """Stretch unit ids along a dim that the batch is folded into, from the analysis batch to another one."""
+    if len(layer) == size:
+        return layer
+    units = len(layer) // BATCH
+    if np.array_equal(layer, np.tile(layer[:units], BATCH)):
+        return np.tile(layer[:units], size // units)
+    return layer[::BATCH].repeat(size // units)
 
 
 def masked_norm(target: str, given: dict[str, Any], masks: dict[int, torch.Tensor]) -> torch.Tensor:

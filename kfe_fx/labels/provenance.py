@@ -40,7 +40,9 @@ def trace(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> li
     return origins
 
 
-def spread(tracker: Tracker, node: Any, origin: Origin, inputs: Sequence[Dims], shapes: Sequence[tuple[int, ...]]) -> Dims:
+def spread(
+    tracker: Tracker, node: Any, origin: Origin, inputs: Sequence[Dims], shapes: Sequence[tuple[int, ...]]
+) -> Dims:
     """Carry the labels of ``inputs`` to one output of a data movement.
 
     A label may lie along exactly one dim of the output; where a dim was split, the labels along one of the new dims

@@ -24,7 +24,9 @@ _EXTREMES = overloads(
         "logsumexp aminmax kthvalue"
     ).split(),
 )
-_SCANS = overloads(aten, *"cumsum cumprod logcumsumexp cummax cummin softmax.int log_softmax.int _softmax sort topk flip".split())
+_SCANS = overloads(
+    aten, *"cumsum cumprod logcumsumexp cummax cummin softmax.int log_softmax.int _softmax sort topk flip".split()
+)
 
 
 def reduced_dims(tracker: Tracker, node: fx.Node) -> tuple[tuple[int, ...], bool]:
@@ -90,7 +92,7 @@ def scanned(tracker: Tracker, node: fx.Node) -> Any:
 @relocator(*overloads(aten, "mean.default", "mean.dim"))
 def compensate(moved: Relocation, node: fx.Node) -> None:
     """Keep a mean over removed units what it was: mean * left / before, since the removed ones were zero."""
-    over, _ = reduced_dims(moved.tracker, moved.original(node))
+    over, _ = reduced_dims(moved.tracker, node)
     before = after = 1
     for axis in over:
         before *= moved.size_before(node.args[0], axis)

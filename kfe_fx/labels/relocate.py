@@ -88,6 +88,8 @@ class Relocation:
         # backwards, so that a relocator that replaces its node never hides the producers that are still to come
         for node in reversed(list(self.graph.nodes)):
             relocator = RELOCATORS.get(node.target) if node.op == "call_function" else None
-            if relocator is not None and (self.any_change(node) or any(self.any_change(a) for a in node.all_input_nodes)):
+            if relocator is not None and (
+                self.any_change(node) or any(self.any_change(a) for a in node.all_input_nodes)
+            ):
                 relocator(self, node)
         return self.constants

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import fx
 
-from kfe_fx.labels.tracker import Layers, Tracker
-from kfe_fx.labels.unionfind import UnionFind
-from kfe_fx.program import Program
-
-if TYPE_CHECKING:
-    from kfe_fx.labels.units import UnitTable
+from kfe_fx.labels.examples import ExampleTracker
+from kfe_fx.labels.tracker import Tracker
 
 aten = torch.ops.aten
 
@@ -98,60 +93,15 @@ def _parameter_of(tracker: Tracker, node: fx.Node, roots: np.ndarray) -> tuple[s
 _NORMS = {aten.batch_norm.default, aten.instance_norm.default, aten.group_norm.default}
 
 
-def gate_sites(program: Program, tracker: Tracker, sites: list[Site], table: UnitTable) -> list[GateSite]:
+def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> list[GateSite]:
     """Move each site past the normalisation that follows it and say which dim counts the examples there."""
-    graph = program.graphs["eval"]
     nodes = {node.name: node for node in graph.nodes}
-    examples = _track_examples(program)
     found = []
     for site in sites:
         node = nodes[site.node]
         users = list(node.users)
         if len(users) == 1 and users[0].target in _NORMS:
             node = users[0]
-        dim, layout = _example_dim(examples, node)
+        dim, layout = examples.layout(node)
         found.append(GateSite(node.name, site.dim, site.units, dim, layout))
     return found
-
-
-def _track_examples(program: Program) -> tuple[Tracker, np.ndarray]:
-    """Follow the batch axis as labels of its own: inputs carry one label per example, parameters none."""
-    from kfe_fx.labels.analysis import BATCH, track
-
-    tracker = _ExampleTracker(program, UnionFind(), {})
-    labels = tracker.classes.fresh(BATCH)
-    tracker.examples = labels
-    return track(tracker, program.graphs["eval"], "eval"), labels
-
-
-class _ExampleTracker(Tracker):
-    examples: np.ndarray
-
-    def input(self, node: fx.Node) -> tuple[Layers, ...]:
-        shape = getattr(self.fakes[node], "shape", ())
-        batched = len(shape) > 0 and shape[0] == len(self.examples)
-        return tuple((self.examples,) if batched and dim == 0 else () for dim in range(len(shape)))
-
-    def output(self, node: fx.Node) -> None:
-        """Leave the examples at the output alone."""
-
-    def parameter(self, name: str, tensor: torch.Tensor) -> tuple[Layers, ...]:
-        return tuple(() for _ in tensor.shape)
-
-
-def _example_dim(examples: tuple[Tracker, np.ndarray], node: fx.Node) -> tuple[int | None, str | None]:
-    tracker, labels = examples
-    wanted = tracker.classes.find(labels)
-    if (wanted == 0).any() or len(set(wanted.tolist())) < len(wanted):
-        return None, None
-    for dim, layers in enumerate(tracker.values[node]):
-        for layer in layers:
-            roots = tracker.classes.find(layer)
-            if np.array_equal(roots, wanted):
-                return dim, "plain"
-            times = len(roots) // len(wanted)
-            if np.array_equal(roots, wanted.repeat(times)):
-                return dim, "outer"
-            if np.array_equal(roots, np.tile(wanted, times)):
-                return dim, "inner"
-    return None, None

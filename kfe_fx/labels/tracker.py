@@ -35,6 +35,11 @@ class ByName(dict[str, Any]):
         """Tell whether a node (or a name) has an entry."""
         return super().__contains__(getattr(node, "name", node))
 
+    def fill(self, entries: dict[Any, Any]) -> None:
+        """Add entries keyed by nodes or names."""
+        for node, value in entries.items():
+            self[node] = value
+
     def get(self, node: Any, default: Any = None) -> Any:
         """Return the entry of a node (or of a name), else ``default``."""
         return super().get(getattr(node, "name", node), default)
@@ -43,7 +48,11 @@ class ByName(dict[str, Any]):
 class Tracker:
     """Labels of the parameters and of the nodes of one graph, while the rules run."""
 
-    def __init__(self, program: Program, classes: UnionFind, parameters: dict[str, Dims], *, heads: str = "auto") -> None:
+    relocates = True  # whether literals will follow; an analysis that only looks may spread further
+
+    def __init__(
+        self, program: Program, classes: UnionFind, parameters: dict[str, Dims], *, heads: str = "auto"
+    ) -> None:
         """Share ``classes`` and ``parameters`` between the graphs of a Program."""
         self.program = program
         self.classes = classes

@@ -11,7 +11,7 @@ import numpy as np
 from kfe_fx.labels.sites import Mint, Site
 from kfe_fx.labels.tracker import Dims, Tracker
 from kfe_fx.labels.unionfind import Reason, UnionFind
-from kfe_fx.program import Program
+from kfe_fx.program import Program, tied_names
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class UnitTable:
 
     def layout(self, dims: Dims) -> list[tuple[np.ndarray, ...]]:
         """Return unit ids per dim and layer; layers without any unit are left out."""
-        return [
-            tuple(ids for ids in (self.numbers(layer) for layer in layers) if (ids >= 0).any()) for layers in dims
-        ]
+        return [tuple(ids for ids in (self.numbers(layer) for layer in layers) if (ids >= 0).any()) for layers in dims]
 
     def site(self, mint: Mint) -> Site | None:
         """Tell a mint in unit ids, or None when no unit is minted there."""
@@ -178,15 +176,22 @@ def _floor(table: UnitTable, line: np.ndarray) -> frozenset[int] | None:
 
 
 def _units(program: Program, table: UnitTable, parameters: dict[str, Dims]) -> list[Unit]:
-    slices: list[dict[str, dict[int, list[int]]]] = [defaultdict(lambda: defaultdict(list)) for _ in table.roots]
+    slices: list[dict[str, dict[int, tuple[int, ...]]]] = [{} for _ in table.roots]
+    aliases = tied_names(program.module())
     for name, dims in parameters.items():
         for dim, layers in enumerate(dims):
-            for layer in layers:
-                for index, number in enumerate(table.numbers(layer).tolist()):
-                    if number >= 0:
-                        for alias in program.names_of(name):
-                            slices[number][alias][dim].append(index)
-    return [
-        Unit(number, -1, {name: {d: tuple(i) for d, i in dims.items()} for name, dims in held.items()})
-        for number, held in enumerate(slices)
-    ]
+            for number, indices in _indices_of_units(table, layers):
+                for alias in aliases.get(name, (name,)):
+                    slices[number].setdefault(alias, {})[dim] = indices
+    return [Unit(number, -1, held) for number, held in enumerate(slices)]
+
+
+def _indices_of_units(table: UnitTable, layers: tuple[np.ndarray, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    numbers = [table.numbers(layer) for layer in layers]
+    places = np.concatenate([np.stack([line, np.arange(len(line))]) for line in numbers], axis=1) if numbers else None
+    if places is None:
+        return []
+    places = np.unique(places[:, places[0] >= 0], axis=1)
+    units, starts = np.unique(places[0], return_index=True)
+    parts = np.split(places[1], starts[1:]) if len(units) else []
+    return [(int(unit), tuple(part.tolist())) for unit, part in zip(units, parts, strict=True)]

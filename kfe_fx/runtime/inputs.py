@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,14 @@ from kfe_fx.shapes import sized_examples
 _NO_NUMPY = (torch.bfloat16, torch.complex32)
 
 
-def batch_axis(program: Program) -> str | None:
-    """Return the name of the axis that counts examples: ``batch``, else the first dynamic dim 0; None if fixed."""
-    names = [axis for dims in program.axes.values() for axis in dims.values()]
-    if "batch" in names:
-        return "batch"
-    return next((dims[0] for dims in program.axes.values() if 0 in dims), None)
+_BATCH = re.compile(r"batch(_\d+)?")
+
+
+def batch_axes(program: Program) -> set[str]:
+    """Return the names of the axes that count examples: ``batch``, ``batch_1``, ..., else the first dynamic dim 0."""
+    names = {axis for dims in program.axes.values() for axis in dims.values() if _BATCH.fullmatch(axis)}
+    first = next((dims[0] for dims in program.axes.values() if 0 in dims), None)
+    return names or ({first} if first else set())
 
 
 def example_sizes(program: Program) -> dict[str, int]:
@@ -59,11 +62,12 @@ def resolve_sizes(program: Program, batch: int | None, sizes: Mapping[str, int] 
     result = example_sizes(program)
     asked = dict(sizes or {})
     if batch is not None:
-        axis = batch_axis(program)
-        if axis is not None:
-            asked.setdefault(axis, batch)
-        elif any(value.dim() and value.shape[0] != batch for value in program.flat_examples()):
-            raise UsageError(f"the batch size is fixed in this network, {batch} was asked for; capture it with a dynamic axis")
+        counting = batch_axes(program)
+        asked = dict.fromkeys(counting, batch) | asked
+        if not counting and any(value.dim() and value.shape[0] != batch for value in program.flat_examples()):
+            raise UsageError(
+                f"the batch size is fixed in this network, {batch} was asked for; capture it with a dynamic axis"
+            )
     for axis, size in asked.items():
         if axis not in result:
             raise UsageError(f"no dynamic axis is called {axis!r}; the axes are {sorted(result)}")
@@ -81,8 +85,10 @@ def to_feeds(program: Program, flat: list[torch.Tensor]) -> dict[str, np.ndarray
     feeds = {}
     for name, value in zip(program.signature.input_names, flat, strict=True):
         if value.dtype in _NO_NUMPY:
-            raise UnsupportedModel(f"input {name!r} is {value.dtype}, which cannot be fed to ONNX Runtime from Python; use float32")
-        feeds[name] = np.ascontiguousarray(value.detach().cpu().numpy())
+            raise UnsupportedModel(
+                f"input {name!r} is {value.dtype}, which cannot be fed to ONNX Runtime from Python; use float32"
+            )
+        feeds[name] = np.array(value.detach().cpu().numpy(), order="C")
     return feeds
 
 

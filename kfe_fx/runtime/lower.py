@@ -29,8 +29,9 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
     """Lower the evaluation graph of a Program to an ExportedProgram with flat inputs and flat outputs.
 
     Inputs are the tensors named by ``program.signature.input_names``, in that order; outputs are the leaves of the
-    output structure, as a tuple. Every axis of ``program.axes`` stays dynamic. Parameters keep their names and are
-    shared, not copied; neither the Program nor its training flag is touched. Writes to buffers are left out.
+    output structure that are no constants, as a tuple. Every axis of ``program.axes`` stays dynamic. Parameters keep
+    their names and are shared, not copied; neither the Program nor its training flag is touched. Writes to buffers
+    are left out.
 
     Raises:
         UnsupportedModel: taps or gates are still in the graph, an axis cannot stay dynamic, or an operation cannot
@@ -65,7 +66,9 @@ def refuse_instruments(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", None) == "kfe_fx":
             where = node.meta.get("source") or node.name
-            raise UnsupportedModel(f"{where}: {node.target} is still in the graph; strip gates and taps before lowering")
+            raise UnsupportedModel(
+                f"{where}: {node.target} is still in the graph; strip gates and taps before lowering"
+            )
 
 
 def drop_buffer_writes(graph: fx.Graph) -> list[str]:
@@ -99,7 +102,7 @@ def _own_outputs(graph: fx.Graph) -> None:
         with graph.inserting_before(output):
             return graph.call_function(aten.clone.default, (node,))
 
-    leaves = [own(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in output.args[0]]  # type: ignore[union-attr]
+    leaves = [own(leaf) for leaf in output.args[0] if isinstance(leaf, fx.Node)]  # type: ignore[union-attr]
     output.args = (tuple(leaves),)
 
 

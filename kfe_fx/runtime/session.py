@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from typing import Any, Literal
 
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from kfe_fx.errors import BadFile, UnsupportedModel, UsageError
 from kfe_fx.runtime.lower import first_line
@@ -71,8 +72,16 @@ def make_session(
         return ort.InferenceSession(source, options, providers=[provider])
     except ORT_ERRORS as error:
         if isinstance(source, bytes):
-            raise UnsupportedModel(f"ONNX Runtime refuses the model: {first_line(error)}") from error
+            raise UnsupportedModel(_refusal(error)) from error
         raise BadFile(f"{source}: ONNX Runtime cannot load it: {first_line(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    text = first_line(error)
+    missing = re.search(r"Could not find an implementation for (\w+)\(", text)
+    if missing:
+        return f"ONNX Runtime has no {missing[1]} for the number type of this network; convert the network to float32"
+    return f"ONNX Runtime refuses the model: {text}"
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:

@@ -68,7 +68,7 @@ def test_budget_one_as_json(model: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["prune", str(model), "--budget", "1", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["modified"] is False
-    assert answer["files"] == {}
+    assert answer["files"] == []
 
 
 def test_budget_is_required(model: Path, capsys: pytest.CaptureFixture[str]):

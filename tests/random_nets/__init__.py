@@ -10,11 +10,12 @@
 A family is a class in one of the files beside this one, registered with @family; a new one needs nothing else.
 """
 
-from .core import Drawing, Options, Raw, Shape, Step, family
+from .core import STEPS, Drawing, Options, Raw, Shape, Step, family
 from .network import FAMILIES, Case, RandomNet, case_of, draw_description, nets, outputs, sample_net
 
 __all__ = [
     "FAMILIES",
+    "STEPS",
     "Case",
     "Drawing",
     "Options",

@@ -71,6 +71,7 @@ class SeparateAttention(Step):
         self.dropout = nn.Dropout(0.1)
         self.heads, self.style, self.scale = heads, style, width**-0.5
         visible = torch.ones(s.dims[0], s.dims[0]).tril().bool()
+        self.visible: Tensor | None
         self.register_buffer("visible", visible if mask else None, persistent=False)
         self.certain = [("v.weight", 0)]
 
@@ -106,7 +107,7 @@ class MultiheadAttention(Step):
 
     def __init__(self, s: Shape, heads: int, batch_first: bool, weights: bool, context: int, bias: bool) -> None:
         super().__init__(s)
-        options = {"kdim": context, "vdim": context} if context else {}
+        options: Options = {"kdim": context, "vdim": context} if context else {}
         self.attention = nn.MultiheadAttention(
             s.channels, heads, dropout=0.1, bias=bias, batch_first=batch_first, **options
         )

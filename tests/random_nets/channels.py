@@ -108,7 +108,8 @@ class SelectStack(Step):
     @classmethod
     def draw(cls, d: Drawing, s: Shape) -> Options | None:
         picks = tuple(d.integer(0, s.channels - 1) for _ in range(d.integer(2, 5)))
-        return {"picks": picks, "unbind": d.flag()}
+        # one channel many times over is constant, and a normalisation after it gives nothing but zeros
+        return {"picks": picks, "unbind": d.flag()} if len(set(picks)) > 1 else None
 
     def forward(self, x: Tensor, raw: Raw) -> Tensor:
         if self.unbind:
@@ -195,7 +196,8 @@ class SwiGLU(Step):
         if self.packed is not None:
             a, b = self.packed(x).chunk(2, dim=-1)
             return self.down(F.silu(a) * b)
-        assert self.gate is not None and self.up is not None
+        assert self.gate is not None
+        assert self.up is not None
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .core import CHANNELS_FIRST, Drawing, Options, Raw, Shape, Step, activate, divisors, family
@@ -16,9 +18,9 @@ def conv_class(s: Shape) -> type[nn.Conv1d] | type[nn.Conv2d]:
 class Conv(Step):
     """Convolve, with every spelling of padding."""
 
-    def __init__(self, s: Shape, out: int, kernel: int, **options: object) -> None:
+    def __init__(self, s: Shape, out: int, kernel: int, **options: Any) -> None:
         super().__init__(s)
-        self.conv = conv_class(s)(s.channels, out, kernel, **options)  # pyright: ignore
+        self.conv = conv_class(s)(s.channels, out, kernel, **options)
 
     @classmethod
     def draw(cls, d: Drawing, s: Shape) -> Options | None:
@@ -88,9 +90,7 @@ class TransposedConv(Step):
         super().__init__(s)
         cls = nn.ConvTranspose2d if s.kind == "image" else nn.ConvTranspose1d
         extra = stride - 1
-        self.conv = cls(
-            s.channels, out, 3, padding=1, stride=stride, output_padding=extra, groups=groups, bias=bias
-        )
+        self.conv = cls(s.channels, out, 3, padding=1, stride=stride, output_padding=extra, groups=groups, bias=bias)
 
     @classmethod
     def draw(cls, d: Drawing, s: Shape) -> Options | None:

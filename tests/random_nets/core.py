@@ -202,8 +202,8 @@ def family(
 def build(step: StepDescription, s: Shape, scope: Scope) -> Step:
     """Build the module of one described step."""
     name, options = step
-    cls = STEPS[name]
-    return cls(s, scope=scope, **options) if cls.nests else cls(s, **options)
+    given = {"scope": scope, **options} if STEPS[name].nests else options
+    return STEPS[name](s, **given)
 
 
 def probe(module: Step, s: Shape, scope: Scope) -> Shape:

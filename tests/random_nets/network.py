@@ -187,9 +187,7 @@ def case_of(description: Description) -> Case:
     for name, module in net.named_modules():
         if isinstance(module, Step):
             removable += [(f"{name}.{parameter}", dim) for parameter, dim in module.certain]
-    return Case(
-        net, net.inputs(2), description, families_of(description), description["zero"], tuple(removable)
-    )
+    return Case(net, net.inputs(2), description, families_of(description), description["zero"], tuple(removable))
 
 
 def families_of(description: Description) -> frozenset[str]:
@@ -277,11 +275,20 @@ def draw_description(
         "zero": d.zero,
         "seed": d.integer(0, 999),
     }
-    for _ in range(5):  # other weights where these give constant, tiny or huge outputs
-        if RandomNet(description).healthy():
-            break
-        description["seed"] += 1000
     return description
+
+
+def draw_case(chooser: Chooser, max_blocks: int, families: Iterable[str] | None, zero_preserving: bool | None) -> Case:
+    """Draw a description and build it; with other weights where the first give constant, tiny or huge outputs."""
+    wanted = None if families is None else frozenset(families)
+    description = draw_description(chooser, max_blocks, wanted, zero_preserving)
+    case = case_of(description)
+    for _ in range(4):
+        if case.module.healthy():
+            break
+        description = description | {"seed": description["seed"] + 1000}
+        case = case_of(description)
+    return case
 
 
 class HypothesisChooser:
@@ -299,17 +306,21 @@ class HypothesisChooser:
         return self.draw(st.sampled_from(list(items)))
 
 
+@st.composite
+def hypothesis_case(draw: st.DrawFn, *arguments: Any) -> Case:
+    """Draw a case through hypothesis."""
+    return draw_case(HypothesisChooser(draw), *arguments)
+
+
 def nets(
     max_blocks: int = 4, families: Iterable[str] | None = None, zero_preserving: bool | None = None
 ) -> st.SearchStrategy[Case]:
-    """Make the strategy of random networks: at most that many blocks, only steps of those families when given."""
-    wanted = None if families is None else frozenset(families)
+    """Make the strategy of random networks.
 
-    @st.composite
-    def draw_case(draw: st.DrawFn) -> Case:
-        return case_of(draw_description(HypothesisChooser(draw), max_blocks, wanted, zero_preserving))
-
-    return draw_case()
+    max_blocks: at most that many blocks of 1 to 4 steps. families: only steps of these, of FAMILIES. zero_preserving:
+    only such networks, or none of them; by default three in ten are.
+    """
+    return hypothesis_case(max_blocks, families, zero_preserving)
 
 
 def sample_net(
@@ -318,6 +329,5 @@ def sample_net(
     families: Iterable[str] | None = None,
     zero_preserving: bool | None = None,
 ) -> Case:
-    """Draw the network of a seed without hypothesis, from the same grammar."""
-    wanted = None if families is None else frozenset(families)
-    return case_of(draw_description(RandomChooser(seed), max_blocks, wanted, zero_preserving))
+    """Draw the network of a seed without hypothesis, from the same grammar; the options are those of nets."""
+    return draw_case(RandomChooser(seed), max_blocks, families, zero_preserving)

@@ -18,13 +18,11 @@ class Pool(Step):
     def __init__(self, s: Shape, style: str, kernel: int) -> None:
         super().__init__(s)
         two = s.kind == "image"
-        options = {"kernel_size": kernel, "stride": 1 if kernel == 3 else 2, "padding": kernel // 3}
+        options: Options = {"kernel_size": kernel, "stride": 1 if kernel == 3 else 2, "padding": kernel // 3}
         if style == "max":
             self.pool = (nn.MaxPool2d if two else nn.MaxPool1d)(**options)
         elif style == "avg":
             self.pool = (nn.AvgPool2d if two else nn.AvgPool1d)(**options)
-        elif style == "lp":
-            self.pool = (nn.LPPool2d if two else nn.LPPool1d)(2, kernel, stride=2)
         else:
             adaptive = {"adaptive": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)}
             classes = adaptive.get(style, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d))
@@ -66,8 +64,7 @@ class GlobalPool(Step):
             return (x.var(self.axes, correction=0) + 1e-2).sqrt()
         if self.style == "adaptive":
             return torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
-        y = x.flatten(2)[:, :, -1] if self.first else x.flatten(1, -2)[:, 0]
-        return y
+        return x.flatten(2)[:, :, -1] if self.first else x.flatten(1, -2)[:, 0]
 
 
 @family("attention-pool", POSITIONED)

@@ -1,0 +1,96 @@
+"""Certificate: what was done to a network, what was proved of the result, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Certificate:
+    """Everything that a reader needs to trust a pruned network, as plain data.
+
+    ``before`` and ``after`` hold exact counts (parameters, macs, peak_memory in bytes). ``rounds`` lists each surgery
+    with the largest difference between the masked original and the shrunk network, relative to the output's rms.
+    ``measured`` holds everything that depends on the machine: two runs with equal seeds agree in all the rest.
+    """
+
+    budget: float
+    metric: str
+    criterion: str
+    seed: int
+    reached: float = 1.0
+    feasible: bool = True
+    binding: str = ""
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    parity: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    statistics: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the certificate as JSON-ready data."""
+        return {name: value for name, value in self.__dict__.items()}
+
+    @property
+    def masked_error(self) -> float:
+        """The largest difference between a masked original and its shrunk network over all rounds."""
+        return max((float(entry["masked_error"]) for entry in self.rounds), default=0.0)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return rows (what, before, after) for people."""
+        rows = [
+            ("parameters", f"{self.before['parameters']:,}", f"{self.after['parameters']:,}"),
+            ("multiply-accumulates", f"{self.before['macs']:,}", f"{self.after['macs']:,}"),
+            ("peak activation memory", _bytes(self.before["peak_memory"]), _bytes(self.after["peak_memory"])),
+        ]
+        rows += self._latency_rows() + self._quality_rows()
+        for number, entry in enumerate(self.rounds, 1):
+            rows.append((f"round {number}: masked = shrunk", f"{entry['removed']} units out", f"{entry['masked_error']:.1e}"))
+        if self.parity:
+            batches = ", ".join(str(batch) for batch in self.parity.get("batches", ()))
+            verdict = f"{self.parity['error']:.1e}"
+            rows.append(("ONNX = network, relative error", f"batches {batches}" if batches else "", verdict))
+        for text in self.statistics:
+            rows.append(("function changes at", text, ""))
+        for text in self.notes:
+            rows.append(("note", text, ""))
+        return rows
+
+    def _latency_rows(self) -> list[tuple[str, str, str]]:
+        latency = self.measured.get("latency")
+        if not latency:
+            return []
+        low, high = latency["interval"]
+        label = f"latency, {latency['threads']} thread{'s' if latency['threads'] > 1 else ''}, batch {latency['batch']}"
+        return [
+            (label, f"{latency['dense_ms']:.3f} ms", f"{latency['pruned_ms']:.3f} ms"),
+            ("... of dense (measured anew, 95 %)", "1", f"{latency['ratio']:.3f} ({low:.3f}-{high:.3f})"),
+        ]
+
+    def _quality_rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        name = self.quality.get("metric", "quality")
+        before = self.quality.get("before")
+        for key, label in (("right_after", f"{name} right after pruning"), ("after", f"{name} after fine-tuning")):
+            value = self.quality.get(key)
+            if value is not None:
+                rows.append((label, "" if before is None else _quality(before), _quality(value)))
+        return rows
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _quality(value: float) -> str:
+    return f"{value:.4f}"

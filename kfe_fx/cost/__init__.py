@@ -1,0 +1,1 @@
+"""What a network costs, and which units go to meet a budget."""

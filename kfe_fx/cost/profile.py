@@ -1,0 +1,49 @@
+"""What a device is good at: a handful of times per unit of work, from which kernels are predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times in nanoseconds on one thread, float32, ONNX Runtime on a CPU.
+
+    The defaults were measured on one AVX-512 machine. Predictions are used as ratios only, so what matters is how these
+    numbers relate to each other.
+    """
+
+    name: str = "built-in"
+    # the blocked convolutions: channels come in blocks, and at all only in multiples of ``granule``
+    block: int = 16
+    granule: int = 4
+    conv_mac: float = 0.0175
+    # output blocks are computed four at a time; what a remainder of 0, 1, 2, 3 blocks costs per MAC relative to none
+    tail: tuple[float, float, float, float] = (1.0, 1.1, 1.03, 1.0)
+    # the first convolution reads its few channels from the plain layout
+    narrow_mac: float = 0.025
+    depthwise_mac: float = 0.036
+    # outside the blocked layout: columns are gathered and multiplied; a depthwise convolution is many tiny products
+    plain_mac: float = 0.0195
+    column: float = 0.24
+    plain_depthwise_mac: float = 0.27
+    # matrix products, and the weights that they stream when there are few rows
+    gemm_mac: float = 0.0195
+    weight_byte: float = 0.04
+    # per element moved or computed
+    element: float = 0.1
+    reorder: float = 0.15
+    transpose: float = 0.3
+    # per kernel, whatever its size
+    kernel: float = 400.0
+
+
+# Relative to ``Profile.element`` per output element; what is not here counts as 1 per tensor read or written.
+ELEMENT_FACTORS: dict[str, float] = {
+    "add": 1.3, "sub": 1.3, "mul": 1.3, "div": 1.5, "relu": 0.8, "relu6": 1.0, "hardtanh": 1.0, "clamp": 1.0,
+    "leaky_relu": 1.0, "neg": 0.8, "abs": 0.8, "sqrt": 3.5, "rsqrt": 4.0, "pow": 4.0, "exp": 1.8, "log": 4.0,
+    "sigmoid": 3.0, "hardsigmoid": 1.5, "tanh": 2.7, "silu": 3.5, "hardswish": 2.9, "gelu": 7.0, "elu": 3.0, "mish": 8.0,
+    "softplus": 5.0, "erf": 5.2, "sin": 4.0, "cos": 4.0, "softmax": 2.8, "log_softmax": 3.5, "layer_norm": 6.0,
+    "rms_norm": 4.0, "group_norm": 4.0, "instance_norm": 4.0, "batch_norm": 1.8, "upsample_nearest2d": 2.0,
+    "upsample_bilinear2d": 6.0, "embedding": 1.0, "cat": 1.5, "stack": 1.5, "pad": 1.5, "constant_pad_nd": 1.5,
+}  # fmt: skip

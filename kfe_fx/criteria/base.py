@@ -1,0 +1,161 @@
+"""What a criterion is, what it is given, and where it is found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from kfe_fx.criteria.gradients import Source, gate_gradients
+from kfe_fx.errors import UsageError
+from kfe_fx.labels.analysis import Analysis
+from kfe_fx.program import Program
+from kfe_fx.training.batches import Batches
+from kfe_fx.training.losses import Loss, resolve_loss
+
+
+@dataclass
+class ScoreContext:
+    """What there is to score with.
+
+    Attributes:
+        program: the network, in evaluation mode.
+        analysis: its units.
+        batches: examples, or None (data-free).
+        loss: of outputs and targets, or None: the log-likelihood of the network's own output distribution.
+        seed: of everything that is drawn.
+        store: what other passes measured, by name (curvature factors, ...); criteria say what they need of it.
+        facts: filled by ``score``: where labels and inputs came from, how many examples, and so on.
+    """
+
+    program: Program
+    analysis: Analysis
+    batches: Batches | None = None
+    loss: Loss | None = None
+    seed: int = 0
+    store: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        analysis: Analysis,
+        data: Any = None,
+        loss: Any = None,
+        *,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> ScoreContext:
+        """Make a context of any data and any spelling of a loss."""
+        batches = None if data is None else Batches(program, data, batch_size)
+        targets = None if batches is None else batches.targets()
+        return cls(program, analysis, batches, resolve_loss(loss, targets), seed)
+
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """Yield the gradient of each example's loss by each unit's gate, [N, units], batch by batch (a fresh pass).
+
+        With targets the gradients are those of the loss on them (empirical); without, labels are sampled from the
+        network; without data, inputs are drawn too. ``facts`` says which.
+        """
+        return gate_gradients(Source(self.program, self.analysis, self.batches, self.loss, self.seed, self.facts))
+
+
+class Criterion(ABC):
+    """A way to score units: the larger the score, the more is lost with the unit.
+
+    ``needs`` names what the context must have: "data", "targets", or entries of ``store``. A criterion never changes
+    the Program, gives the same scores for the same context, and finite ones.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> np.ndarray:
+        """Return one score per unit of ``context.analysis``, float64 [units]."""
+
+
+_REGISTRY: dict[str, Callable[[], Criterion]] = {}
+
+
+def register(criterion: type[Criterion]) -> type[Criterion]:
+    """Make a criterion (a class that takes no arguments) known under its ``name``; use it as a decorator.
+
+    Raises:
+        UsageError: the name is taken by another class.
+    """
+    known = _REGISTRY.get(criterion.name)
+    if known is not None and known is not criterion:
+        raise UsageError(f"there is a criterion {criterion.name!r} already; choose another name")
+    _REGISTRY[criterion.name] = criterion
+    return criterion
+
+
+def names() -> tuple[str, ...]:
+    """List the names of the criteria."""
+    return tuple(sorted(_REGISTRY))
+
+
+def resolve(spec: str | Criterion | type[Criterion]) -> Criterion:
+    """Return the criterion of that name, or the given one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if isinstance(spec, Criterion):
+        return spec
+    if isinstance(spec, type) and issubclass(spec, Criterion):
+        return spec()
+    if not isinstance(spec, str) or spec not in _REGISTRY:
+        raise UsageError(f"there is no criterion {spec!r}; choose one of {', '.join(names())}")
+    return _REGISTRY[spec]()
+
+
+def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.ndarray:
+    """Score every unit and check what comes back.
+
+    Args:
+        spec: name of a criterion, or one.
+        context: what there is to score with; its ``facts`` are filled.
+
+    Returns:
+        float64 [units], the larger the more is lost.
+
+    Raises:
+        UsageError: something that the criterion needs is not there, or it returned something that is no score.
+    """
+    criterion = resolve(spec)
+    _check_needs(criterion, context)
+    context.facts["criterion"] = criterion.name
+    program = context.program
+    training = program.module().training
+    program.eval()
+    try:
+        scores = np.asarray(criterion.score(context), dtype=np.float64)
+    finally:
+        program.train(training)
+    if scores.shape != (len(context.analysis.units),):
+        wanted = len(context.analysis.units)
+        raise UsageError(f"the criterion {criterion.name!r} returned {list(scores.shape)} scores for {wanted} units")
+    if not np.isfinite(scores).all():
+        unit = context.analysis.units[int(np.flatnonzero(~np.isfinite(scores))[0])]
+        where = context.analysis.groups[unit.group].name
+        raise UsageError(f"the criterion {criterion.name!r} gives a score of {scores[unit.id]} to a unit of {where}")
+    return scores
+
+
+def _check_needs(criterion: Criterion, context: ScoreContext) -> None:
+    for need in sorted(criterion.needs):
+        if need == "data":
+            present = context.batches is not None
+        elif need == "targets":
+            present = context.batches is not None and context.batches.targets() is not None
+        else:
+            present = need in context.store
+        if not present:
+            raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")

@@ -1,0 +1,20 @@
+"""Criterion ``random``: the baseline that any other has to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from kfe_fx.criteria.base import Criterion, ScoreContext, register
+
+
+@register
+class Random(Criterion):
+    """Score units by uniform numbers from the seed."""
+
+    name: ClassVar[str] = "random"
+
+    def score(self, context: ScoreContext) -> np.ndarray:
+        """Return uniform numbers in [0, 1), [units]."""
+        return np.random.default_rng(context.seed).random(len(context.analysis.units))

@@ -1,0 +1,50 @@
+"""Criteria ``taylor`` and ``fisher``: first-order loss change and Fisher information by each unit's gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from kfe_fx.criteria.base import Criterion, ScoreContext, register
+
+
+@register
+class Taylor(Criterion):
+    """Score by the first-order change of each example's loss (Molchanov et al. 2017, 2019; per example).
+
+    With g[n, u] = sum over members and positions of a * dl_n/da:  score_u = 1/N sum_n |g[n, u]|.
+    The members of a unit are summed before the absolute value is taken; signed means would vanish at convergence.
+    """
+
+    name: ClassVar[str] = "taylor"
+
+    def score(self, context: ScoreContext) -> np.ndarray:
+        """Return mean_n |g[n, u]|, [units]."""
+        return _mean(context, torch.abs)
+
+
+@register
+class Fisher(Criterion):
+    """Score by the Fisher information of the gate (Theis et al. 2018, equation 5).
+
+    With g[n, u] = sum over members and positions of a * dl_n/da:  score_u = 1/(2N) sum_n g[n, u]^2, the loss that
+    removing u costs to second order where the mean gradient is zero. Squared per example, after the sum over members.
+    """
+
+    name: ClassVar[str] = "fisher"
+
+    def score(self, context: ScoreContext) -> np.ndarray:
+        """Return half the mean of g[n, u]^2, [units]."""
+        return 0.5 * _mean(context, torch.square)
+
+
+def _mean(context: ScoreContext, function: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    total = torch.zeros(len(context.analysis.units), dtype=torch.float64)
+    count = 0
+    for rows in context.gradients():
+        total += function(rows).sum(0)
+        count += len(rows)
+    return (total / max(count, 1)).numpy()

@@ -1,0 +1,78 @@
+"""Which dim of each tensor counts the examples: the batch axis followed as labels of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+
+from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.labels.unionfind import UnionFind
+from kfe_fx.program import Program
+
+
+class ExampleTracker(Tracker):
+    """Labels of examples: inputs carry one per example along their first dim, parameters none, outputs freeze none."""
+
+    relocates = False
+    examples: np.ndarray
+
+    def input(self, node: fx.Node) -> Dims:
+        """Label the first dim of an input that has one entry per example."""
+        shape = getattr(self.fakes[node], "shape", ())
+        batched = len(shape) > 0 and shape[0] == len(self.examples)
+        return tuple((self.examples,) if batched and dim == 0 else () for dim in range(len(shape)))
+
+    def output(self, node: fx.Node) -> None:
+        """Leave the examples at the output alone."""
+
+    def parameter(self, name: str, tensor: torch.Tensor) -> Dims:
+        """Return no labels: a parameter is the same for all examples."""
+        return tuple(() for _ in tensor.shape)
+
+    def layout(self, node: fx.Node) -> tuple[int | None, str | None]:
+        """Return the dim of a node that counts the examples and how: see ``GateSite``; (None, None) where none does."""
+        wanted = self.classes.find(self.examples)
+        if (wanted == 0).any() or len(set(wanted.tolist())) < len(wanted):
+            return None, None
+        for dim, layers in enumerate(self.values[node]):
+            for layer in layers:
+                roots = self.classes.find(layer)
+                if np.array_equal(roots, wanted):
+                    return dim, "plain"
+                times = len(roots) // len(wanted)
+                if np.array_equal(roots, wanted.repeat(times)):
+                    return dim, "outer"
+                if np.array_equal(roots, np.tile(wanted, times)):
+                    return dim, "inner"
+        return None, None
+
+
+def follow_examples(program: Program, batch: int) -> ExampleTracker:
+    """Make the tracker that follows a batch of ``batch`` examples."""
+    tracker = ExampleTracker(program, UnionFind(), {})
+    tracker.examples = tracker.classes.fresh(batch)
+    return tracker
+
+
+def freeze_irregular(tracker: Tracker, examples: ExampleTracker, graph: fx.Graph, batch: int) -> None:
+    """Freeze units along a dim that the batch is folded into unless they repeat from example to example.
+
+    Only then does what is kept mean the same at every batch size.
+    """
+    for node in graph.nodes:
+        value, folded = tracker.values.get(node), examples.values.get(node)
+        if not isinstance(value, tuple) or not isinstance(folded, tuple):
+            continue
+        for layers, counted in zip(value, folded, strict=True):
+            if counted:
+                _freeze_unless_repeated(tracker, node, layers, batch)
+
+
+def _freeze_unless_repeated(tracker: Tracker, node: fx.Node, layers: Layers, batch: int) -> None:
+    for layer in layers:
+        roots = tracker.classes.find(layer)
+        period = len(roots) // batch
+        outer = np.array_equal(roots, np.tile(roots[:period], batch))
+        if not outer and not np.array_equal(roots, roots[::batch].repeat(batch)):
+            tracker.freeze((layer,), node, "is mixed with the batch")

@@ -1,0 +1,27 @@
+"""Fine-tuning and what belongs to it: losses, metrics, batches, threads, optimisers that survive a removal."""
+
+from kfe_fx.training.batches import Batch, Batches, Loader
+from kfe_fx.training.finetune import default_epochs, finetune
+from kfe_fx.training.losses import Loss, resolve_loss
+from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
+from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
+from kfe_fx.training.prune_data import PruneData, arrange
+from kfe_fx.training.threads import fastest_threads
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Loader",
+    "Loss",
+    "Metric",
+    "PruneData",
+    "arrange",
+    "default_epochs",
+    "evaluate",
+    "fastest_threads",
+    "finetune",
+    "make_optimizer",
+    "resolve_loss",
+    "resolve_metric",
+    "slice_optimizer",
+]

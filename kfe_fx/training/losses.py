@@ -1,0 +1,178 @@
+"""Losses: what fine-tuning minimises and what scores are gradients of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfe_fx.errors import BadData, UsageError
+from kfe_fx.training.functions import load_function
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of outputs and targets with a meaning per example.
+
+    ``function(outputs, targets)`` returns a vector [N], or a scalar that is their "mean" or "sum" as ``reduction``
+    says ("none" for the vector).
+    """
+
+    name: str
+    function: LossFunction
+    reduction: str
+
+    def total(self, outputs: Any, targets: Any, count: int) -> Tensor:
+        """Return the sum of the losses of ``count`` examples; a mean is multiplied back."""
+        value = self.function(outputs, targets)
+        return value.sum() if self.reduction != "mean" else value.sum() * count
+
+    def mean(self, outputs: Any, targets: Any, count: int) -> Tensor:
+        """Return the mean loss of ``count`` examples."""
+        value = self.function(outputs, targets)
+        return value.sum() if self.reduction == "mean" else value.sum() / count
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits [N, C, ...] (or [N, ..., C] where only that fits) and classes [N, ...].
+
+    Raises:
+        BadData: the shapes do not fit each other.
+    """
+    logits, classes = class_scores(outputs, targets)
+    return F.cross_entropy(logits, classes.long())
+
+
+def mean_square(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the mean square error over all elements.
+
+    Raises:
+        BadData: the shapes differ.
+    """
+    values = main_output(outputs)
+    if values.numel() != targets.numel() or len(values) != len(targets):
+        raise BadData(f"targets {list(targets.shape)} do not fit the output {list(values.shape)}; name a --loss")
+    return F.mse_loss(values, targets.to(values.dtype).reshape(values.shape))
+
+
+def main_output(outputs: Any) -> Tensor:
+    """Return the first floating-point output with a class or feature dim, else the first floating-point one.
+
+    Raises:
+        UsageError: no output is floating-point.
+    """
+    found = [value for value in _leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not found:
+        raise UsageError("the network has no floating-point output to take a loss of; name a --loss")
+    return next((value for value in found if value.dim() >= 2), found[0])
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    if isinstance(value, tuple | list):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
+
+
+def class_scores(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits with the classes in dim 1 and targets of the shape that goes with them.
+
+    Raises:
+        BadData: the shapes do not fit each other.
+    """
+    logits = main_output(outputs)
+    shape = tuple(targets.shape)
+    if logits.dim() >= 2 and logits.shape[1] > 1 and (logits.shape[0], *logits.shape[2:]) == shape:
+        return logits, targets
+    if logits.dim() >= 3 and tuple(logits.shape[:-1]) == shape:
+        return logits.movedim(-1, 1), targets
+    if logits.dim() == 2 and shape == (len(logits), 1):
+        return logits, targets[:, 0]
+    raise BadData(
+        f"class targets {list(shape)} do not fit the output {list(logits.shape)}: classes in dim 1 are expected; "
+        "name a --loss"
+    )
+
+
+_NAMED = {"cross-entropy": Loss("cross-entropy", cross_entropy, "mean"), "mse": Loss("mse", mean_square, "mean")}
+
+
+def resolve_loss(spec: Any, targets: Tensor | None) -> Loss | None:
+    """Find the loss that ``spec`` says.
+
+    Args:
+        spec: None (cross-entropy for integer targets, mean square for floating-point ones, None without targets),
+            "cross-entropy", "mse", "file.py:function", a function of (outputs, targets), or a Loss.
+        targets: a sample of the targets, or None where there are none.
+
+    Returns:
+        The loss; the reduction of a function of the user's is found when it is first seen, see ``settle``.
+
+    Raises:
+        UsageError: there is no such loss.
+    """
+    if spec is None:
+        if targets is None:
+            return None
+        return _NAMED["mse" if targets.is_floating_point() else "cross-entropy"]
+    if isinstance(spec, Loss):
+        return spec
+    if isinstance(spec, str):
+        return _NAMED[spec] if spec in _NAMED else Loss(spec, load_function(spec), "")
+    if not callable(spec):
+        raise UsageError(f"the loss is a {type(spec).__name__}: give a function (outputs, targets) -> loss")
+    name = getattr(spec, "__name__", type(spec).__name__)
+    return Loss(name, cast(LossFunction, spec), getattr(spec, "reduction", ""))
+
+
+def settle(loss: Loss, outputs: Any, targets: Any, count: int) -> Loss:
+    """Find out whether a function of the user's returns a mean, a sum or a vector, by giving it the batch twice over.
+
+    Args:
+        loss: one whose ``reduction`` may be "" (not known).
+        outputs: of one batch.
+        targets: of the same.
+        count: its number of examples N.
+
+    Returns:
+        The loss with its reduction.
+
+    Raises:
+        UsageError: the value is no scalar and no vector [N], or a batch twice over gives neither the same nor twice it.
+    """
+    if loss.reduction in ("mean", "sum", "none"):
+        return loss
+    with torch.no_grad():
+        once = loss.function(outputs, targets)
+        if not isinstance(once, Tensor):
+            raise UsageError(f"the loss {loss.name!r} returns a {type(once).__name__}; return a tensor")
+        if once.dim() == 1 and len(once) == count and count > 1:
+            return Loss(loss.name, loss.function, "none")
+        if once.numel() != 1:
+            raise UsageError(f"the loss {loss.name!r} returns {list(once.shape)}; return a mean, a sum or [N]")
+        again = loss.function(_twice(outputs, count), _twice(targets, count)).sum()
+        once = once.sum()
+    for reduction, expected in (("mean", once), ("sum", 2 * once)):
+        if torch.allclose(again, expected, rtol=1e-3, atol=1e-12):
+            return Loss(loss.name, loss.function, reduction)
+    raise UsageError(
+        f"the loss {loss.name!r} has no meaning per example: on a batch given twice over it is neither the same "
+        "(a mean) nor the double (a sum); return a vector [N]"
+    )
+
+
+def _twice(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.dim() and len(value) == count else value
+    if isinstance(value, dict):
+        return {key: _twice(part, count) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_twice(part, count) for part in value)
+    return value

@@ -1,0 +1,241 @@
+"""Pass ``fold-means``: what removed channels sent on the average goes into their consumers' biases."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from kfe_fx.errors import UsageError
+from kfe_fx.labels.analysis import Analysis
+from kfe_fx.passes.base import Pass, PassResult
+from kfe_fx.plan import Plan
+from kfe_fx.program import Program
+from kfe_fx.training.batches import Batches
+
+aten = torch.ops.aten
+
+_CONVS = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+    aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+}  # fmt: skip
+_PRODUCTS = {aten.matmul.default, aten.mm.default}
+
+Means = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Consumer:
+    """A contraction of an activation with a weight: where its input, its weight and its bias are."""
+
+    node: fx.Node
+    source: fx.Node
+    weight: str
+    bias: str | None
+    channel: int  # dim of the input that is contracted
+    out: int  # dim of the output that is made
+
+
+@dataclass(frozen=True)
+class FoldMeans(Pass):
+    """Add the mean output of removed channels to the bias of each consumer.
+
+    For removed inputs j, with the mean m over the data taken in the *whole* network:
+
+        bias[o] += mean over positions of sum_j (w[o, j] * m_j)
+
+    where * is the consumer's own operation (grouped, transposed, strided, padded alike). Without padding this is
+    m_j · sum of the kernel; with zero padding the borders get less, and the mean over positions is the constant that is
+    nearest to what is missing, not exact at each position. A consumer without a bias in front of a batch norm has its
+    running mean lowered by the same; a consumer with neither is skipped and counted in the facts. A bias that several
+    contractions share takes the mean over them.
+
+    Attributes:
+        analysis: of the Program before the removal (which it holds).
+        plan: what was removed.
+        means: from ``measure_means`` on that Program.
+    """
+
+    name: ClassVar[str] = "fold-means"
+    keeps: ClassVar[str] = "trained"
+    analysis: Analysis = field(repr=False)
+    plan: Plan
+    means: Means = field(repr=False)
+
+    def run(self, program: Program) -> PassResult:
+        """Return ``program`` (the small one) with corrected biases.
+
+        Raises:
+            UsageError: the small network does not have the shapes that the plan says.
+        """
+        twin = program.copy()
+        removed = self.plan.units(self.analysis)
+        found = consumers(self.analysis)
+        shifts: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
+        skipped: list[str] = []
+        for consumer in found:
+            if consumer.node.name not in self.means or not self._loses(consumer, removed):
+                continue
+            target = _target(consumer)
+            if target is None:
+                skipped.append(consumer.node.meta.get("module") or consumer.node.name)
+                continue
+            shifts[target].append(self._shift(consumer, removed))
+        with torch.no_grad():
+            for (name, sign), values in shifts.items():
+                held = twin.tensor(name)
+                shift = torch.stack(values).mean(0)
+                if shift.shape != held.shape:
+                    wrong = f"{name!r} has {list(held.shape)} values, the plan says {list(shift.shape)}"
+                    raise UsageError(f"fold-means: {wrong}; give the plan this network was made with")
+                held += (sign * shift).to(held.dtype)
+        if shifts:
+            twin.lineage = (*program.lineage, self.name)
+        facts = {"folded": sum(map(len, shifts.values())), "skipped": len(skipped), "skipped_at": skipped}
+        return PassResult(twin if shifts else program, bool(shifts), facts)
+
+    def _loses(self, consumer: _Consumer, removed: frozenset[int]) -> bool:
+        return self.analysis.kept(consumer.source.name, removed)[consumer.channel] is not None
+
+    def _shift(self, consumer: _Consumer, removed: frozenset[int]) -> Tensor:
+        mean = self.means[consumer.node.name]  # [C, positions of a convolution...]
+        kept = self.analysis.kept(consumer.source.name, removed)[consumer.channel]
+        lost = mean.clone()
+        lost[torch.from_numpy(np.asarray(kept))] = 0
+        weight = self.analysis.program.tensor(consumer.weight).detach().double()
+        sent = _apply(consumer, lost, weight)
+        out = self.analysis.kept(consumer.node.name, removed)[consumer.out]
+        return sent if out is None else sent[torch.from_numpy(out)]
+
+
+def consumers(analysis: Analysis) -> list[_Consumer]:
+    """List the contractions of activations with weights in the evaluation graph."""
+    tracker = analysis.trackers["eval"]
+    found = []
+    for node in analysis.program.graphs["eval"].nodes:
+        if node.op != "call_function" or node in tracker.static:
+            continue
+        consumer = _consumer(node, lambda arg: len(tracker.shape(arg)))
+        if consumer is not None and consumer.source not in tracker.static:
+            found.append(consumer)
+    return found
+
+
+def _consumer(node: fx.Node, rank: Any) -> _Consumer | None:
+    if node.target is aten.addmm.default:
+        bias, source, weight = node.args[:3]
+        plain = len(node.args) == 3 and not node.kwargs
+    elif node.target in _CONVS or node.target is aten.linear.default or node.target in _PRODUCTS:
+        source, weight = node.args[:2]
+        bias = None if node.target in _PRODUCTS else node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        plain = True
+    else:
+        return None
+    if not plain or not _reads(weight) or not isinstance(source, fx.Node) or (bias is not None and not _reads(bias)):
+        return None
+    if node.target in _CONVS:
+        channel = rank(source) - (rank(weight) - 1)
+        out = channel
+    else:
+        if rank(weight) != 2:
+            return None
+        channel = out = rank(source) - 1
+        bias = bias if bias is not None else _added(node) if node.target in _PRODUCTS else None
+    name = str(bias.target) if isinstance(bias, fx.Node) and rank(bias) == 1 else None
+    return _Consumer(node, source, str(weight.target), name, channel, out)  # type: ignore[union-attr]
+
+
+def _reads(arg: Any) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "get_attr"
+
+
+def _added(node: fx.Node) -> fx.Node | None:
+    """Return the parameter that is added right behind a product, ``x @ w + b``."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or user.target is not aten.add.Tensor or user.kwargs:
+        return None
+    return next((arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node and _reads(arg)), None)
+
+
+def _target(consumer: _Consumer) -> tuple[str, float] | None:
+    """Return the vector that takes the shift and its sign: the bias, or minus the running mean of the norm behind."""
+    if consumer.bias is not None:
+        return consumer.bias, 1.0
+    node = consumer.node
+    norm = next(iter(node.users)) if len(node.users) == 1 else None
+    if norm is None or norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]:
+        return None
+    return (str(norm.args[3].target), -1.0) if _reads(norm.args[3]) else None  # type: ignore[union-attr]
+
+
+def _apply(consumer: _Consumer, lost: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over positions of the consumer's operation, without bias, on the lost inputs, [out]."""
+    node = consumer.node
+    if node.target in _CONVS:
+        rest = node.args[3:]
+        options = {key: value for key, value in node.kwargs.items() if key != "bias"}
+        sent = node.target(lost.unsqueeze(0), weight, None, *rest, **options)  # type: ignore[operator]
+        return sent[0].flatten(1).mean(1)
+    return lost @ (weight.t() if node.target is aten.linear.default else weight)
+
+
+class _Measure(fx.Interpreter):
+    """Sum what goes into each consumer over examples (and over positions too where the operation is the same there)."""
+
+    def __init__(self, program: Program, found: list[_Consumer]) -> None:
+        super().__init__(program.module(), graph=program.graphs["eval"])
+        self.found = {consumer.node.name: consumer for consumer in found}
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        consumer = self.found.get(n.name)
+        if consumer is not None:
+            self._see(n.name, consumer, self.env[consumer.source])
+        return super().run_node(n)
+
+    def _see(self, name: str, consumer: _Consumer, value: Tensor) -> None:
+        value = value.detach().double()
+        if consumer.node.target in _CONVS:
+            value = value.flatten(0, consumer.channel - 1) if consumer.channel > 1 else value
+            value = value if consumer.channel else value.unsqueeze(0)  # [examples, C, positions...]
+        else:
+            value = value.flatten(0, -2)  # [examples * positions, C]
+        known = self.sums.get(name)
+        if known is not None and known.shape != value.shape[1:]:  # another size of image: means are kept per channel
+            value = (
+                value.flatten(2).mean(2).reshape(*value.shape[:2], *[1] * (known.dim() - 1)).expand(-1, *known.shape)
+            )
+            flat = known.flatten(1).mean(1).reshape(-1, *[1] * (known.dim() - 1))
+            self.sums[name] = flat.expand_as(known).clone()
+        total = value.sum(0)
+        self.sums[name] = self.sums[name] + total if known is not None else total
+        self.counts[name] = self.counts.get(name, 0) + len(value)
+
+
+def measure_means(analysis: Analysis, data: Any, *, batch_size: int = 64) -> Means:
+    """Measure, in evaluation mode, the mean input of every contraction that may lose input channels.
+
+    Args:
+        analysis: of the whole network (before the removal).
+        data: examples, in any form; targets are not looked at.
+        batch_size: examples at a time.
+
+    Returns:
+        Node name -> mean over the data, float64: [C] or, for convolutions, [C, positions...].
+
+    Raises:
+        UsageError: there are no examples.
+    """
+    found = [c for c in consumers(analysis) if len(analysis.layout(c.source.name)[c.channel])]
+    runner = _Measure(analysis.program, found)
+    with torch.no_grad():
+        for batch in Batches(analysis.program, data, batch_size):
+            runner.run(*batch.inputs)
+    if found and not runner.counts:
+        raise UsageError("fold-means: the data yields no batches; give at least one example")
+    return {name: total / runner.counts[name] for name, total in runner.sums.items()}

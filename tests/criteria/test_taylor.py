@@ -1,0 +1,162 @@
+"""Taylor and Fisher: numbers, losses, ties (T7.7), the true loss change (T7.3), sampled labels, no data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfe_fx.criteria import ScoreContext, score
+from kfe_fx.errors import BadData, UsageError
+from kfe_fx.frontend.capture import capture
+from kfe_fx.labels.analysis import analyze
+from tests.criteria.nets import expected_gradients, program_of
+
+TARGETS = torch.tensor([0, 2, 1])
+
+
+def context_of(name: str, loss=None, targets: torch.Tensor | None = TARGETS) -> ScoreContext:
+    program, x = program_of(name)
+    return ScoreContext.of(program, analyze(program), (x, targets), loss, batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["residual", "attention", "windows"])
+def test_taylor_and_fisher_are_means_over_examples(name: str):
+    context = context_of(name)
+    _, x = program_of(name)
+    loss = lambda outputs, n: F.cross_entropy(outputs[0], TARGETS[n : n + 1])  # noqa: E731
+    rows = expected_gradients(context.program, context.analysis, [x], loss)
+    np.testing.assert_allclose(score("taylor", context), np.abs(rows).mean(0), rtol=1e-10)
+    np.testing.assert_allclose(score("fisher", context), 0.5 * (rows**2).mean(0), rtol=1e-10)
+    assert context.facts["labels"] == "data"
+    assert context.facts["examples"] == 3
+    assert context.facts["per_example"] == ("loop" if name == "windows" else "batch")
+
+
+def unlike_any(outputs, targets):
+    return F.cross_entropy(outputs, targets) ** 2 * len(targets)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_reduction_of_a_loss_does_not_matter(reduction: str):
+    expected = score("fisher", context_of("outer"))
+    plain = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction=reduction)  # noqa: E731
+    for loss in (plain, nn.CrossEntropyLoss(reduction=reduction)):
+        np.testing.assert_allclose(score("fisher", context_of("outer", loss)), expected, rtol=1e-10)
+
+
+def test_a_loss_without_a_meaning_per_example_is_refused():
+    with pytest.raises(UsageError, match="no meaning per example"):
+        score("fisher", context_of("outer", lambda outputs, targets: F.cross_entropy(outputs, targets) * len(targets) ** 2))
+
+
+def test_targets_that_do_not_fit_are_refused():
+    with pytest.raises(BadData, match="do not fit the output"):
+        score("fisher", context_of("outer", targets=torch.zeros(3, 7, dtype=torch.int64)))
+
+
+class Twice(nn.Module):
+    """One producer, or the same channel made by two producers, or read twice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        width = 12 if how == "read" else 6
+        self.a = nn.Linear(5, 6)
+        weight = torch.randn(4, 6)
+        self.head = nn.Linear(width, 4)
+        with torch.no_grad():
+            if how == "made":
+                self.b = nn.Linear(5, 6)
+                self.b.weight.copy_(0.25 * self.a.weight)
+                self.b.bias.copy_(0.25 * self.a.bias)
+                self.a.weight.mul_(0.75)
+                self.a.bias.mul_(0.75)
+            self.head.weight.copy_(torch.cat([0.3 * weight, 0.7 * weight], 1) if how == "read" else weight)
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "made":
+            y = y + self.b(x)
+        y = torch.tanh(y)
+        return self.head(torch.cat([y, y], 1) if self.how == "read" else y)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+@pytest.mark.parametrize("how", ["made", "read"])
+def test_coupled_masks_score_as_the_tied_mask(criterion: str, how: str):
+    """T7.7: members are summed before the absolute value or the square."""
+    x, targets = torch.randn(9, 5).double(), torch.randint(0, 4, (9,))
+    found = []
+    for kind in ("once", how):
+        program = capture(Twice(kind).double().eval(), x[:2])
+        analysis = analyze(program)
+        assert len(analysis.units) == 6
+        found.append(score(criterion, ScoreContext.of(program, analysis, (x, targets))))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)  # the weights were halved in float32
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_fisher_is_the_true_loss_change_of_a_linear_last_layer():
+    """T7.3: with Gaussian labels the expected loss rises by 1/2 mean_n (a_k v_k)^2."""
+    torch.manual_seed(1)
+    module = Scalar().double().eval()
+    x = torch.randn(20_000, 4).double()
+    program = capture(module, x[:2])
+    context = ScoreContext.of(program, analyze(program), (x, None), batch_size=5000)
+    found = score("fisher", context)
+    assert context.facts["labels"] == "sampled (Gaussian)"
+    sent = torch.relu(module.first(x)) * module.second.weight[0]
+    expected = 0.5 * sent.square().mean(0).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0.06)  # labels are drawn: the square of 20,000 normal numbers
+
+
+def test_labels_are_sampled_where_there_are_none():
+    context = context_of("residual", targets=None)
+    first = score("fisher", context)
+    assert context.facts["labels"] == "sampled (categorical)"
+    np.testing.assert_array_equal(first, score("fisher", context_of("residual", targets=None)))
+    context = context_of("residual", "mse", targets=None)
+    assert not np.allclose(first, score("fisher", context))
+    assert context.facts["labels"] == "sampled (Gaussian)"
+
+
+def test_a_loss_of_ones_own_needs_targets():
+    with pytest.raises(BadData, match="'unlike_any' needs targets"):
+        score("fisher", context_of("outer", unlike_any, targets=None))
+
+
+def test_sampled_labels_follow_the_model():
+    """The mean square of d(-log p)/d logit is p (1 - p) when labels come from the model."""
+    from kfe_fx.criteria.sampled import Sampler
+    from kfe_fx.training import Batch
+
+    logits = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64).expand(40_000, 3).clone().requires_grad_()
+    for values in (logits, logits.softmax(1)):  # scores, and probabilities
+        total = Sampler(None, 0).total(values, Batch([torch.zeros(40_000, 2)], None, 40_000))
+        (grad,) = torch.autograd.grad(total, logits, retain_graph=True)
+        p = torch.tensor([0.0, 1.0, -1.0]).softmax(0).double()
+        torch.testing.assert_close(grad.square().mean(0), p * (1 - p), rtol=0.03, atol=0)  # drawn labels
+
+
+def test_token_scores_have_their_classes_last():
+    from kfe_fx.criteria.sampled import Sampler
+    from kfe_fx.training import Batch
+
+    logits = torch.zeros(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    tokens = Batch([torch.zeros(2, 3, dtype=torch.int64)], None, 2)
+    total = Sampler(None, 0).total(logits, tokens)
+    assert float(total.detach()) == pytest.approx(2 * np.log(7))
+    assert float(Sampler(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(2 * np.log(3))
