@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kfe_fx.frontend.capture import capture as capture
     from kfe_fx.frontend.load import load_program as load
     from kfe_fx.labels.analysis import analyze as analyze
+    from kfe_fx.passes.apply import apply as apply
     from kfe_fx.passes.prune import PruneResult as PruneResult
     from kfe_fx.passes.prune import prune as prune
     from kfe_fx.plan import Plan as Plan
@@ -48,6 +49,7 @@ _LAZY = {
     "Plan": "kfe_fx.plan:Plan",
     "Program": "kfe_fx.program:Program",
     "PruneResult": "kfe_fx.passes.prune:PruneResult",
+    "apply": "kfe_fx.passes.apply:apply",
     "analyze": "kfe_fx.labels.analysis:analyze",
     "capture": "kfe_fx.frontend.capture:capture",
     "export": "kfe_fx.runtime.onnx_file:export",
@@ -72,6 +74,7 @@ __all__ = [
     "VerificationFailed",
     "__version__",
     "analyze",
+    "apply",
     "capture",
     "export",
     "load",

@@ -7,7 +7,9 @@ that one set of tensors serves the evaluation graph, the training graph and ever
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import keyword
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +85,7 @@ class ProgramModule(nn.Module):
         run = self._compiled.get(mode)
         if run is None:
             run = self._compiled[mode] = _compile(self, self.graphs[mode])
-        return run(self, *flat)
+        return run(*flat)
 
     def recompile(self) -> None:
         """Forget the generated code after an edit of a graph."""
@@ -108,27 +110,49 @@ class ProgramModule(nn.Module):
         return {**self.__dict__, "_compiled": {}}
 
 
+class _Attributes:
+    """What generated code sees as ``self``: the tensors and submodules of a module, never its methods.
+
+    So a network may have a submodule called ``mode`` or ``graphs``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.__dict__["_held"] = (module._parameters, module._buffers, module._modules)
+
+    def __getattr__(self, name: str) -> Any:
+        for held in self.__dict__["_held"]:
+            if name in held:
+                return held[name]
+        raise AttributeError(name)
+
+
+class _Interpreter(fx.Interpreter):
+    def fetch_attr(self, target: str) -> Any:
+        return get_tensor(self.module, target)  # type: ignore[arg-type]
+
+
 def _compile(module: nn.Module, graph: fx.Graph) -> Any:
-    # fx generates one class per GraphModule; its forward only reads attributes of self, so it runs on our module,
-    # whose state-dict keys are the original names and whose buffers are never copied.
-    return type(fx.GraphModule(module, graph)).forward
+    code = graph.python_code("self")
+    inputs = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    words = [part for node in graph.nodes if node.op == "get_attr" for part in str(node.target).split(".")]
+    if inputs & code.globals.keys() or any(keyword.iskeyword(word) for word in words):
+        # a name of the user's that Python code cannot hold (an input called "torch", a layer called "lambda")
+        return lambda *flat: _Interpreter(module, graph=graph).run(*flat)
+    scope = dict(code.globals)
+    exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)  # noqa: S102  (fx wrote the source)
+    return functools.partial(scope["forward"], _Attributes(module))
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph with names and meta; nodes keep their order."""
+def copy_graph(graph: fx.Graph, names: dict[fx.Node, str] | None = None) -> fx.Graph:
+    """Copy a graph with its order, meta and node names, or with other ``names``."""
     twin = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    result = twin.graph_copy(graph, nodes)
-    output = next(iter(reversed(graph.nodes)))
-    twin.output(result)
-    for old, new in nodes.items():
-        new.meta = dict(old.meta)
-        if new.name != old.name:
-            new._rename(old.name)
-    for old, new in zip(reversed(graph.nodes), reversed(twin.nodes), strict=True):
-        new.meta = dict(old.meta)
-        break
-    del output
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args = fx.node.map_arg(node.args, lambda arg: copies[arg])
+        kwargs = fx.node.map_arg(node.kwargs, lambda arg: copies[arg])
+        name = node.name if names is None else names[node]
+        made = copies[node] = twin.create_node(node.op, node.target, args, kwargs, name)  # type: ignore[arg-type]
+        made.meta = dict(node.meta)
     return twin
 
 
@@ -211,10 +235,17 @@ def graph_text(graph: fx.Graph) -> str:
 
 
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
-    """Return the tensor at a dotted name."""
-    path, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(path), leaf)
-    if not isinstance(value, torch.Tensor):
+    """Return the tensor at a dotted name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    *path, leaf = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    value = None if owner is None else owner._parameters.get(leaf, owner._buffers.get(leaf))
+    if value is None:
         raise KeyError(name)
     return value
 
@@ -224,9 +255,10 @@ def put_tensor(module: nn.Module, name: str, value: torch.Tensor, *, persistent:
     path, _, leaf = name.rpartition(".")
     owner = module
     for part in path.split(".") if path else ():
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
+        child = owner._modules.get(part)
+        if child is None:
+            child = owner._modules[part] = nn.Module()
+        owner = child
     if isinstance(value, nn.Parameter):
         owner._parameters[leaf] = value
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from kfe_fx.program import Program
 
 
 class _Propagator(fx.Interpreter):
-    def __init__(self, program: Program, graph: fx.Graph, mode: FakeTensorMode) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, mode: FakeTensorMode, fakes: dict[int, torch.Tensor]) -> None:
         super().__init__(program.module(), garbage_collect_values=False, graph=graph)
         self.mode = mode
-        self._fakes: dict[int, torch.Tensor] = {}
+        self._fakes = fakes
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
@@ -52,13 +53,21 @@ def propagate(program: Program, graph: str = "eval", sizes: dict[str, int] | Non
 
     ``sizes`` maps axis names to concrete sizes, e.g. ``{"batch": 2}``; nothing is computed, no memory is taken.
     """
+    return propagate_all(program, (graph,), sizes)[graph]
+
+
+def propagate_all(
+    program: Program, graphs: Iterable[str], sizes: dict[str, int] | None = None
+) -> dict[str, dict[fx.Node, Any]]:
+    """Propagate through several graphs, making fake parameters once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = sized_examples(program, sizes)
+    fakes: dict[int, torch.Tensor] = {}
+    found = {}
     with mode, torch.no_grad():
-        fakes = [
-            mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
-            for value in inputs
-        ]
-        runner = _Propagator(program, program.graphs[graph], mode)
-        runner.run(*fakes)
-    return dict(runner.env)
+        for graph in graphs:
+            given = [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in inputs]
+            runner = _Propagator(program, program.graphs[graph], mode, fakes)
+            runner.run(*given)
+            found[graph] = dict(runner.env)
+    return found

@@ -24,6 +24,7 @@ _CONVS = {
     aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 }  # fmt: skip
 _PRODUCTS = {aten.matmul.default, aten.mm.default}
+_OTHERS = {aten.linear.default, aten.addmm.default, aten.einsum.default, aten.bilinear.default, aten.bmm.default}
 
 Means = dict[str, Tensor]
 
@@ -51,8 +52,8 @@ class FoldMeans(Pass):
     where * is the consumer's own operation (grouped, transposed, strided, padded alike). Without padding this is
     m_j · sum of the kernel; with zero padding the borders get less, and the mean over positions is the constant that is
     nearest to what is missing, not exact at each position. A consumer without a bias in front of a batch norm has its
-    running mean lowered by the same; a consumer with neither is skipped and counted in the facts. A bias that several
-    contractions share takes the mean over them.
+    running mean lowered by the same; a consumer with neither, or whose weight is computed, is skipped and counted. A
+    bias that several contractions share takes the mean over them.
 
     Attributes:
         analysis: of the Program before the removal (which it holds).
@@ -76,13 +77,13 @@ class FoldMeans(Pass):
         removed = self.plan.units(self.analysis)
         found = consumers(self.analysis)
         shifts: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
-        skipped: list[str] = []
+        skipped = [_where(node) for node in _other_consumers(self.analysis, found, removed)]
         for consumer in found:
             if consumer.node.name not in self.means or not self._loses(consumer, removed):
                 continue
             target = _target(consumer)
             if target is None:
-                skipped.append(consumer.node.meta.get("module") or consumer.node.name)
+                skipped.append(_where(consumer.node))
                 continue
             shifts[target].append(self._shift(consumer, removed))
         with torch.no_grad():
@@ -123,6 +124,26 @@ def consumers(analysis: Analysis) -> list[_Consumer]:
         if consumer is not None and consumer.source not in tracker.static:
             found.append(consumer)
     return found
+
+
+def _other_consumers(analysis: Analysis, known: list[_Consumer], removed: frozenset[int]) -> list[fx.Node]:
+    """List contractions that lose inputs and are none of the known kinds (einsum, a weight that is computed)."""
+    tracker = analysis.trackers["eval"]
+    seen = {consumer.node for consumer in known}
+    found = []
+    for node in analysis.program.graphs["eval"].nodes:
+        contracts = node.target in _CONVS | _PRODUCTS | _OTHERS and node not in seen and node not in tracker.static
+        tensors = tracker.tensors(node) if contracts else []
+        moving = [arg for arg in tensors if arg not in tracker.static]
+        if len(moving) == len(tensors):
+            continue  # of activations alone: no weight, no bias
+        if any(kept is not None for arg in moving for kept in analysis.kept(arg.name, removed)):
+            found.append(node)
+    return found
+
+
+def _where(node: fx.Node) -> str:
+    return node.meta.get("module") or node.name
 
 
 def _consumer(node: fx.Node, rank: Any) -> _Consumer | None:

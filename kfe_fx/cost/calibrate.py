@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,9 @@ def _fastest(model: tuple[bytes, tuple[int, ...]], seconds: float, threads: int)
     return best
 
 
-def _model(nodes: Sequence[Any], weights: dict[str, np.ndarray], shape: tuple[int, ...]) -> tuple[bytes, tuple[int, ...]]:
+def _model(
+    nodes: Sequence[Any], weights: dict[str, np.ndarray], shape: tuple[int, ...]
+) -> tuple[bytes, tuple[int, ...]]:
     from onnx import TensorProto, helper, numpy_helper
 
     graph = helper.make_graph(
@@ -94,7 +97,7 @@ def _convolutions(channels: int, side: int, groups: int) -> tuple[bytes, tuple[i
 
     weight = np.full((channels, channels // groups, 3, 3), 0.01, dtype=np.float32)
     names = ["x", *(f"h{i}" for i in range(_LINKS))]
-    links = list(zip(names, names[1:], strict=False))
+    links = list(pairwise(names))
     nodes = [
         helper.make_node("Conv", [a, f"w_{b}"], [b], kernel_shape=[3, 3], pads=[1] * 4, group=groups) for a, b in links
     ]
@@ -105,7 +108,7 @@ def _products(rows: int, size: int) -> tuple[bytes, tuple[int, ...]]:
     from onnx import helper
 
     names = ["x", *(f"h{i}" for i in range(_LINKS))]
-    links = list(zip(names, names[1:], strict=False))
+    links = list(pairwise(names))
     nodes = [helper.make_node("MatMul", [a, f"w_{b}"], [b]) for a, b in links]
     weight = np.full((size, size), 0.01, dtype=np.float32)
     return _model(nodes, {f"w_{b}": weight for _, b in links}, (rows, size))
@@ -116,7 +119,7 @@ def _activations(elements: int, count: int = _LINKS) -> tuple[bytes, tuple[int, 
 
     # two operations in turn, so that none cancels its neighbour
     names = ["x", *(f"h{i}" for i in range(count))]
-    links = zip(names, names[1:], strict=False)
+    links = pairwise(names)
     nodes = [helper.make_node("HardSigmoid" if i % 2 else "Abs", [a], [b]) for i, (a, b) in enumerate(links)]
     return _model(nodes, {}, (1, elements))
 

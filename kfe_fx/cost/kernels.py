@@ -23,9 +23,9 @@ def _widths(*products: Product) -> tuple[int, ...]:
 class ConvKernel:
     """A convolution with what is fused into it (norm, bias, sum, activation: free).
 
-    ``positions``: output positions at batch 1; ``taps``: kernel elements. ``inputs`` and ``outputs`` are channels,
-    ``per_group`` the input channels of one group. Blocked convolutions compute channels padded to the block; with
-    channels that are no multiple of the granule, or groups that split a block, the library gathers columns instead.
+    ``positions``: output positions at batch 1, in ``rows``; ``taps``: kernel elements. ``inputs`` and ``outputs`` are
+    channels, ``per_group`` the input channels of one group. Blocked convolutions compute channels padded to the block;
+    with channels that are no multiple of the granule, or groups that split a block, columns are gathered instead.
     """
 
     owner: str
@@ -35,6 +35,7 @@ class ConvKernel:
     inputs: Product
     per_group: Product
     outputs: Product
+    rows: int = 1
     blocked: bool = True
 
     @property
@@ -66,8 +67,11 @@ class ConvKernel:
             remainder = p.tail[wide // p.block % 4]
             blocks = wide // p.block
             slow = (blocks // 4 * 4 + blocks % 4 * remainder) / blocks if blocks else 1.0
-            macs = work * padded(inputs, p.block) * wide
-            return p.kernel + macs * p.conv_mac * slow + 4 * macs / self.positions * p.weight_byte
+            weights = 4 * self.taps * padded(inputs, p.block) * wide
+            # each output row reads all weights: from the cache, or over again once they are too many for it
+            reads = self.rows if self.taps > 1 and weights > p.cache else 1
+            compute = work * padded(inputs, p.block) * wide * p.conv_mac * slow
+            return p.kernel + compute + weights * reads * p.weight_byte
         columns = work * inputs * p.column if self.taps > 1 else 0.0
         return p.kernel + work * inputs * padded(outputs, p.block) * p.plain_mac + columns
 

@@ -13,7 +13,15 @@ from torch import fx
 
 from kfe_fx.cost.count import CostModel, SumCost, Term
 from kfe_fx.cost.kernels import ConvKernel, ElementKernel, GemmKernel
-from kfe_fx.cost.multiplications import ANY_CONVOLUTION, CONVOLUTIONS, PRODUCTS, TRANSPOSED, aten, is_transposed, multiplications
+from kfe_fx.cost.multiplications import (
+    ANY_CONVOLUTION,
+    CONVOLUTIONS,
+    PRODUCTS,
+    TRANSPOSED,
+    aten,
+    is_transposed,
+    multiplications,
+)
 from kfe_fx.cost.profile import ELEMENT_FACTORS, Profile
 from kfe_fx.cost.widths import ONE, Product, Removed, product_of
 
@@ -140,7 +148,7 @@ class _Kernels:
         if node.target in _BINARY:
             return len(inputs) == 2 and self.model.shape(inputs[0]) == self.model.shape(inputs[1])
         if node.target in _CONCATENATIONS:
-            return len(node.args) > 1 and node.args[1] == 1
+            return bool(len(node.args) > 1 and node.args[1] == 1)
         return node.target in _STAYS_BLOCKED or node.target in _POOLS
 
     def _reorders(self, node: fx.Node, *, wants_blocked: bool) -> None:
@@ -169,13 +177,16 @@ class _Kernels:
             self.terms.append(ElementKernel(node.name, self.profile, spread, self.profile.column))
             return
         blocked = len(out) == 4
+        rows = _constant(out[2:-1])
         if blocked:
             self.blocked.add(node)
             narrow = self.model.values[source].shape[1] < self.profile.block
             if not narrow or source in self.blocked:
                 self._reorders(node, wants_blocked=True)
             self._absorb(node)
-        self.terms.append(ConvKernel(node.name, self.profile, positions, taps, image[1], weight[1], out[1], blocked))
+        self.terms.append(
+            ConvKernel(node.name, self.profile, positions, taps, image[1], weight[1], out[1], rows, blocked)
+        )
 
     def _absorb(self, node: fx.Node) -> None:
         """Claim the norm, the sum and the activation that run inside the kernel of a convolution."""
@@ -192,10 +203,8 @@ class _Kernels:
                 self.absorbed[last] = node
 
     def _same_shapes(self, node: fx.Node) -> bool:
-        operands = [arg for arg in node.args[:2] if self.model.is_tensor(arg)]
-        return len(operands) == 2 and all(
-            self.model.values[arg].shape == self.model.values[node].shape for arg in operands
-        )  # type: ignore[index]
+        shapes = [self.model.values[arg].shape for arg in self._inputs(node)]
+        return len(shapes) == 2 and all(shape == self.model.values[node].shape for shape in shapes)
 
     def _elements(self, node: fx.Node, stays: bool) -> None:
         shape = self.model.shape
@@ -217,7 +226,12 @@ class _Kernels:
             self._add(node, most, p.element)
 
     def _add(
-        self, node: fx.Node, elements: Product, each: float, aligned: Product | None = None, moved: Sequence[Product] = ()
+        self,
+        node: fx.Node,
+        elements: Product,
+        each: float,
+        aligned: Product | None = None,
+        moved: Sequence[Product] = (),
     ) -> None:
         self.terms.append(ElementKernel(node.name, self.profile, elements, each, aligned, tuple(moved)))
 

@@ -14,6 +14,8 @@ DAMPING = 0.85
 # how often a correction that changes nothing is doubled before the loop gives up: solving is cheap, measuring is not
 PUSHES = 5
 _LEAST_TARGET = 1e-3
+# one turn asks for at most this much less (or more) than the turn it starts from
+_FARTHEST = 0.6
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def close_loop(
     """Find the selection whose measured ratio to dense is ``target``, within ``target·(1 ± tolerance)``.
 
     ``solve(p)`` selects for a predicted ratio ``p``; ``build_and_measure`` gives the measured ratio of a selection. The
-    first ``p`` is ``target``; then ``log p`` moves by the damped miss ``log(target / measured)``, and once there are
-    turns on both sides, to where the line between them meets the target. A selection that was measured before is not
-    measured again: ``p`` moves on until another comes, or the loop ends. Of several turns outside the tolerance the
-    one nearest below the budget is kept before any above it.
+    first ``p`` is ``target``; then ``log p`` moves by the damped miss ``log(target / measured)``; from the second turn
+    on ``p`` moves to where the line through two turns, on both sides of the target for choice, meets it. A selection
+    that was measured before is not measured again: ``p`` moves on until another comes, or the loop ends. Of several
+    turns outside the tolerance the one nearest below the budget is kept before any above it.
 
     Raises:
         UsageError: a target outside (0, 1], a tolerance or a number of turns that mean nothing.
@@ -64,7 +66,9 @@ def close_loop(
     if not 0 < target <= 1:
         raise UsageError(f"a budget is a ratio above 0 and at most 1, got {target}")
     if not 0 < tolerance < 1 or turns < 1:
-        raise UsageError(f"the loop needs a tolerance between 0 and 1 and at least one turn, got {tolerance} and {turns}")
+        raise UsageError(
+            f"the loop needs a tolerance between 0 and 1 and at least one turn, got {tolerance} and {turns}"
+        )
     done: list[Turn] = []
     asked, reason = target, f"{turns} turns were not enough"
     selection: Selection | None = solve(asked)
@@ -121,8 +125,14 @@ def _next(solve: Callable[[float], Selection], done: list[Turn], target: float) 
 def _corrected(done: list[Turn], target: float) -> float:
     bracket = _bracket(done, target)
     if bracket is None:
-        nearest = min(done, key=lambda turn: abs(math.log(turn.measured / target)))
-        return nearest.asked * (target / nearest.measured) ** DAMPING
+        *others, last = sorted(done, key=lambda turn: -abs(math.log(turn.measured / target)))
+        damped = last.asked * (target / last.measured) ** DAMPING
+        rise = (others[-1].measured - last.measured) / (others[-1].asked - last.asked) if others else 0.0
+        if rise <= 0:  # one turn alone, or noise
+            return damped
+        # part of the time does not shrink, so the whole shrinks more slowly than what is asked
+        straight = last.asked + (target - last.measured) / rise
+        return min(max(straight, last.asked * _FARTHEST), last.asked / _FARTHEST)
     low, high = bracket
     rise = math.log(high.measured / low.measured)
     share = math.log(target / low.measured) / rise if rise > 0 else 0.5

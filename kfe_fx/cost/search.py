@@ -33,9 +33,10 @@ class Search:
     """One search for the least loss at a cost of at most ``limit``."""
 
     def __init__(self, state: State, limit: float, look_ahead: Sequence[int] = LOOK_AHEAD) -> None:
-        """Start where ``state`` is; ``limit`` is in the units of its cost."""
+        """Start where ``state`` is, and never go back behind that; ``limit`` is in the units of its cost."""
         self.state = state
         self.limit = limit
+        self._first = list(state.stops)
         self._strides = [max(1, math.ceil(len(track) / MOST_STRIDES)) for track in state.tracks]
         self._look_ahead = tuple(look_ahead)
         self._least = 1e-9 * abs(state.cost)
@@ -169,7 +170,8 @@ class Search:
         best: tuple[float, int, int] | None = None
         for track, line in enumerate(self.state.tracks):
             now = self.state.stops[track]
-            backs = {max(0, now - look * stride) for look in self._look_ahead for stride in {1, self._strides[track]}}
+            strides = {1, self._strides[track]}
+            backs = {max(self._first[track], now - look * stride) for look in self._look_ahead for stride in strides}
             for stop in sorted(backs - {now}):
                 gain = line.loss[now] - line.loss[stop]
                 if gain <= least or (best is not None and gain <= best[0]):
@@ -187,7 +189,7 @@ class Search:
             improved = False
             for track, line in enumerate(self.state.tracks):
                 now = self.state.stops[track]
-                for look in (1, 2):
+                for look in self._look_ahead[:3]:
                     stop = now + look * self._strides[track]
                     if stop > len(line) or self.state.after(track, stop) is None:
                         continue

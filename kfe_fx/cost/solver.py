@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def select_budget(
     multiple_of: int = 16,
     cap: float = CAP,
     keep: Sequence[str] = (),
+    gone: Collection[int] = (),
     look_ahead: Sequence[int] = LOOK_AHEAD,
 ) -> Selection:
     """Choose units of the least total score so that ``cost`` falls to ``target`` times its dense value.
@@ -70,6 +71,7 @@ def select_budget(
     ``scores``: loss increase if a unit is removed, one per unit. ``cost``: a Cost, or any function of a frozenset of
     removed units. Widths that kernels see stay multiples of ``multiple_of``; groups that are not wider than it are left
     alone. At most the fraction ``cap`` of a group goes; ``keep`` are globs over parameter names whose outputs stay.
+    ``gone`` is removed in any case and loses nothing more: what earlier rounds took.
     Greedy on score per cost saved with look-ahead, then exchanges; equal arguments give equal selections.
 
     Raises:
@@ -80,16 +82,18 @@ def select_budget(
     if not 0 <= cap <= 1:
         raise UsageError(f"the most that may go of a group is between 0 and 1, got {cap}")
     priced = cost if hasattr(cost, "predict") else FunctionCost(cost)  # type: ignore[arg-type]
-    ranked = check_scores(model.analysis, scores)
+    ranked = check_scores(model.analysis, scores).copy()
+    ranked[list(gone)] = -math.inf
     options = _Options(multiple_of, cap, tuple(keep))
     dense = float(priced.predict(()))  # type: ignore[union-attr]
-    if target == 1 or dense <= 0:
-        return Selection(frozenset(), 1.0, True)
+    if dense <= 0 or (target == 1 and not gone):
+        return Selection(frozenset(gone), 1.0, True)
     state = _state(model, ranked, priced, options)  # type: ignore[arg-type]
     search = Search(state, target * dense * (1 + _ROUNDING), look_ahead)
     feasible = search.run()
     binding = "" if feasible else _binding(model, ranked, priced, options, target * dense, state)  # type: ignore[arg-type]
-    return _selection(state, state.predicted() / dense, feasible, binding, search.loss)
+    removed = _removed(state).union(gone)
+    return Selection(removed, priced.predict(removed) / dense, feasible, binding, search.loss)  # type: ignore[union-attr]
 
 
 def select_widths(analysis: Analysis, scores: Any, budget: float) -> Selection:
@@ -146,12 +150,19 @@ def _state(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options) 
                 tracks.append(track)
     terms = cost.terms()
     sizes = Sizes(model.widths, tracks, kernel_widths(model), options.block)
-    return WholeState(sizes, cost) if terms is None else SumState(sizes, terms)
+    state = WholeState(sizes, cost) if terms is None else SumState(sizes, terms)
+    for index, track in enumerate(tracks):
+        last = max(
+            (j for j, units in enumerate(track.portions, 1) if np.isneginf(scores[list(units)]).any()), default=0
+        )
+        if last:
+            state.move(index, last)
+    return state
 
 
-def _selection(state: State, predicted: float, feasible: bool, binding: str, loss: float) -> Selection:
+def _removed(state: State) -> frozenset[int]:
     gone = (unit for track, stop in zip(state.tracks, state.stops, strict=True) for unit in track.gone(stop))
-    return Selection(frozenset(gone), predicted, feasible, binding, loss)
+    return frozenset(gone)
 
 
 def _binding(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options, limit: float, reached: State) -> str:
@@ -172,12 +183,11 @@ def _binding(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options
                     break
             if state.predicted() <= limit:
                 return name
-    return f"layers that cannot be cut{_costliest(model, cost, reached)}"
+    return f"what cannot be removed at all{_costliest(model, cost, reached)}"
 
 
 def _costliest(model: CostModel, cost: Cost, reached: State) -> str:
-    gone = [unit for track, stop in zip(reached.tracks, reached.stops, strict=True) for unit in track.gone(stop)]
-    sizes = model.widths.sizes(gone).tolist()
+    sizes = model.widths.sizes(_removed(reached)).tolist()
     spent: dict[str, float] = {}
     for term in cost.terms() or ():
         spent[term.owner] = spent.get(term.owner, 0.0) + term.cost(sizes)
@@ -185,7 +195,7 @@ def _costliest(model: CostModel, cost: Cost, reached: State) -> str:
     if not total:
         return ""
     most = sorted(spent, key=lambda owner: (-spent[owner], owner))[:3]
-    return ": " + ", ".join(f"{_module(model, owner)} ({spent[owner] / total:.0%} of what is left)" for owner in most)
+    return ", most of it in " + ", ".join(f"{_module(model, owner)} ({spent[owner] / total:.0%})" for owner in most)
 
 
 def _module(model: CostModel, owner: str) -> str:

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Track:
-    """The order in which a group's units go: at stop ``j`` the units of ``portions[:j]`` are gone, at a loss of ``loss[j]``."""
+    """The order in which a group's units go: at stop ``j`` those of ``portions[:j]``, at a loss of ``loss[j]``."""
 
     group: int
     portions: tuple[tuple[int, ...], ...]
@@ -180,7 +181,8 @@ class Stepper:
         portions = self._portions(order, most, rules)
         if not portions and len(rules) > 1:  # rules that contradict each other: the widest decides
             portions = self._portions(order, most, [max(rules, key=lambda rule: rule.base)])
-        loss = np.cumsum([0.0, *(float(scores[list(portion)].sum()) for portion in portions)])
+        lost = np.where(np.isneginf(scores), 0.0, scores)  # what is gone already
+        loss = np.cumsum([0.0, *(float(lost[list(portion)].sum()) for portion in portions)])
         return Track(group.id, tuple(portions), tuple(loss.tolist()))
 
     def _portions(self, order: list[int], most: int, rules: list[_Rule]) -> list[tuple[int, ...]]:
@@ -194,7 +196,7 @@ class Stepper:
             left = base - owned[:, :1] * np.arange(1, most + 1)
             fits = ((left % self.block == 0) & (left >= self.block)).all(axis=0)
             stops = [0, *(np.flatnonzero(fits) + 1).tolist()]
-            return [tuple(order[a:b]) for a, b in zip(stops, stops[1:], strict=False)]
+            return [tuple(order[a:b]) for a, b in pairwise(stops)]
         return self._packed(order, most, owned, base[:, 0])
 
     def _packed(self, order: list[int], most: int, owned: np.ndarray, base: np.ndarray) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kfe_fx.format import opset
 from kfe_fx.format.fields import Malformed
 from kfe_fx.program import Program
 from kfe_fx.shapes import propagate, sized_examples
@@ -41,6 +42,7 @@ def check_runs(program: Program) -> None:
         else:
             _check_norms(mode, values)
             _check_windows(mode, values)
+            _check_writes(mode, values)
 
 
 def _without_ones(program: Program) -> dict[str, int]:
@@ -76,6 +78,16 @@ def _check_windows(mode: str, values: dict[fx.Node, Any]) -> None:
                 sizes = given.get(name, 1)
                 if any(type(s) is int and s < 1 for s in (sizes if isinstance(sizes, list | tuple) else [sizes])):
                     raise Malformed(f"graphs.{mode} does not run on its examples: {node.name}: {name} below 1")
+
+
+def _check_writes(mode: str, values: dict[fx.Node, Any]) -> None:
+    # fake tensors also take a value that is larger than the buffer it is written into
+    for node in values:
+        pair = node.args[:2]
+        if opset.writes(node.target) and len(pair) == 2 and all(isinstance(arg, fx.Node) for arg in pair):
+            into, value = (tuple(values[arg].shape) for arg in pair)  # type: ignore[index]
+            if len(value) > len(into) or any(s not in (1, t) for s, t in zip(value[::-1], into[::-1], strict=False)):
+                raise Malformed(f"graphs.{mode} does not run on its examples: {node.name}: {value} is not {into}")
 
 
 def _refusal(mode: str, error: Exception) -> Malformed:

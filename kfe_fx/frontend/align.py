@@ -10,25 +10,24 @@ from typing import Any
 
 from torch import fx
 
+from kfe_fx.program import copy_graph, graph_text
+
 TRAIN_ONLY = "train_only_"
 
 
-def align(evaluation: fx.Graph, training: fx.Graph) -> tuple[list[str], list[str]]:
-    """Rename the nodes of ``training`` after their counterparts; return the names only in eval and only in training."""
+def align(evaluation: fx.Graph, training: fx.Graph) -> tuple[fx.Graph, list[str], list[str]]:
+    """Return ``training`` with the names of its counterparts, and what is only in evaluation and only in training."""
     first, second = list(evaluation.nodes), list(training.nodes)
     matcher = difflib.SequenceMatcher(None, [_key(n) for n in first], [_key(n) for n in second], autojunk=False)
-    for index, node in enumerate(second):
-        node._rename(f"{TRAIN_ONLY}{index}")
-    # a namespace never forgets a name; without this a counterpart would come out as "relu_1" beside "relu"
-    training._graph_namespace._used_names.intersection_update({node.name for node in second})
-    training._graph_namespace._base_count.clear()
+    names = {node: f"{TRAIN_ONLY}{index}" for index, node in enumerate(second)}
     matched: set[fx.Node] = set()
     for block in matcher.get_matching_blocks():
         for offset in range(block.size):
             ours, theirs = first[block.a + offset], second[block.b + offset]
-            theirs._rename(ours.name)
+            names[theirs] = ours.name
             matched |= {ours, theirs}
-    return [n.name for n in first if n not in matched], [n.name for n in second if n not in matched]
+    only_eval = [node.name for node in first if node not in matched]
+    return copy_graph(training, names), only_eval, [names[node] for node in second if node not in matched]
 
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
@@ -37,6 +36,4 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
 
 def same_graph(first: fx.Graph, second: fx.Graph) -> bool:
     """Tell whether two graphs compute the same from the same attributes."""
-    from kfe_fx.program import graph_text
-
     return graph_text(first) == graph_text(second)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from kfe_fx.errors import UnsupportedModel, UsageError
@@ -61,9 +61,9 @@ def _build(
     outputs: dict[str, Any] = {}
     graphs = {"eval": translate(exported, call.names, constants, "eval")}
     outputs["eval"] = _output_template(exported)
-    if trained is not None:
-        graph = translate(trained, call.names, constants, "train")
-        only_eval, only_train = align(graphs["eval"], graph)
+    graph = _translate_training(trained, call, constants, notes)
+    if graph is not None and trained is not None:
+        graph, only_eval, only_train = align(graphs["eval"], graph)
         if not same_graph(graphs["eval"], graph):
             graphs["train"] = graph
             outputs["train"] = _output_template(trained)
@@ -78,6 +78,18 @@ def _build(
     examples = pack(call.template, [leaf.detach().clone() for leaf in call.leaves])
     named = axis_names(exported, call.names, axes)
     return Program(holder, examples, named, (), tuple(notes))
+
+
+def _translate_training(
+    trained: ExportedProgram | None, call: Call, constants: dict[str, torch.Tensor], notes: list[str]
+) -> fx.Graph | None:
+    if trained is None:
+        return None
+    try:
+        return translate(trained, call.names, constants, "train")
+    except UnsupportedModel as refusal:
+        notes.append(f"training mode not captured: {refusal}")
+        return None
 
 
 def _adopt_tensors(holder: ProgramModule, module: nn.Module, constants: dict[str, torch.Tensor]) -> None:
@@ -164,9 +176,14 @@ def _dynamic_shapes(call: Call, axes: dict[str, dict[int, str | None]]) -> Any:
         return type(part)(spec(inner) for inner in part)
 
     positional, keywords = spec(call.template)
+    names = list(call.arg_names[: len(positional)])
+    if call.variadic is not None:  # torch wants what *args took as one entry
+        start, name = call.variadic
+        positional = (*positional[:start], positional[start:])
+        names = [*names[:start], name]
     if not keywords:
         return positional
-    return dict(zip(call.arg_names, (*positional, *keywords.values()), strict=True))
+    return dict(zip(names, positional, strict=True)) | keywords
 
 
 def _refusal(module: nn.Module, error: Exception) -> UnsupportedModel:

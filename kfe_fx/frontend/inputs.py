@@ -15,7 +15,10 @@ from kfe_fx.structure import leaf_names, template_of
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: arguments, their template, and the names of the flat tensor inputs."""
+    """One call of a module: arguments, their template, and the names of the flat tensor inputs.
+
+    ``variadic``: where the arguments that ``*args`` took begin, and its name.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -23,6 +26,7 @@ class Call:
     template: Any
     names: tuple[str, ...]
     leaves: tuple[torch.Tensor, ...]
+    variadic: tuple[int, str] | None = None
 
 
 def read_call(module: nn.Module, example_inputs: Any) -> Call:
@@ -43,7 +47,8 @@ def read_call(module: nn.Module, example_inputs: Any) -> Call:
     named: dict[int, str] = {}
     for name, part in zip(names, (*template[0], *template[1].values()), strict=True):
         leaf_names(part, named, name)
-    return Call(args, kwargs, names, template, tuple(_distinct(named[i] for i in range(len(leaves)))), tuple(leaves))
+    flat = tuple(_distinct(named[i] for i in range(len(leaves))))
+    return Call(args, kwargs, names, template, flat, tuple(leaves), _variadic(bound, len(args)))
 
 
 def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -69,6 +74,13 @@ def _positional_names(bound: inspect.BoundArguments, count: int) -> tuple[str, .
         elif len(names) < count:
             names.append(name)
     return tuple(names[:count])
+
+
+def _variadic(bound: inspect.BoundArguments, count: int) -> tuple[int, str] | None:
+    for place, (name, parameter) in enumerate(bound.signature.parameters.items()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL and count > place:
+            return place, name
+    return None
 
 
 def _distinct(names: Any) -> list[str]:

@@ -51,6 +51,7 @@ def translate(
 def _described(node: fx.Node) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
+    path = "" if path.startswith("_empty_nn_module") else path  # torch's word for "none"
     where = source.of_stack_trace(node.meta.get("stack_trace"))
     return {"val": node.meta.get("val"), "source": where, "module": path}
 

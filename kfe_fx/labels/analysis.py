@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from kfe_fx.labels.tracker import Dims, Tracker
 from kfe_fx.labels.unionfind import UnionFind
 from kfe_fx.labels.units import FrozenDim, Group, Unit, UnitTable, build_units
 from kfe_fx.program import Program, tied_names
-from kfe_fx.shapes import propagate
+from kfe_fx.shapes import propagate_all
 
 BATCH = 2  # a batch of two tells the batch from dims of size one
 
@@ -44,13 +45,17 @@ class Analysis:
     units: list[Unit]
     groups: list[Group]
     floors: list[frozenset[int]]
-    frozen: list[FrozenDim]
     sites: list[Site]
     gate_sites: list[GateSite]
     statistics: list[str]
     params: dict[str, list[tuple[np.ndarray, ...]]]
     trackers: dict[str, Tracker] = field(repr=False)
     table: UnitTable = field(repr=False)
+
+    @cached_property
+    def frozen(self) -> list[FrozenDim]:
+        """What cannot be removed, and why; found when asked for."""
+        return self.table.frozen_dims(self.trackers["eval"].parameters)
 
     def layout(self, name: str, graph: str = "eval") -> list[tuple[np.ndarray, ...]]:
         """Return per dim of a node the unit ids of its layers (-1: cannot be removed); () for a dim without units."""
@@ -78,13 +83,15 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
     """
     classes = UnionFind()
     parameters: dict[str, Dims] = {}
+    sizes = analysis_sizes(program)
+    fakes = propagate_all(program, sorted(program.graphs), sizes)
     trackers = {
-        mode: track(Tracker(program, classes, parameters, heads=heads), program.graphs[mode], mode)
+        mode: track(Tracker(program, classes, parameters, heads=heads), program.graphs[mode], fakes[mode], sizes)
         for mode in sorted(program.graphs)
     }
     evaluation = trackers["eval"]
     examples = follow_examples(program, BATCH)
-    track(examples, program.graphs["eval"], "eval", evaluation.fakes)
+    track(examples, program.graphs["eval"], fakes["eval"], sizes)
     freeze_irregular(evaluation, examples, program.graphs["eval"], BATCH)
     mints = mint_sites(evaluation, program.graphs["eval"])
     table = build_units(program, trackers, parameters, mints)
@@ -94,7 +101,6 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
         table.units,
         table.groups(sites),
         table.floors,
-        table.frozen_dims(parameters),
         sites,
         gate_sites(program.graphs["eval"], examples, sites),
         statistics_changed(evaluation, program.graphs["eval"], table),
@@ -104,11 +110,16 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
     )
 
 
-def track(tracker: Tracker, graph: fx.Graph, mode: str, fakes: dict[Any, Any] | None = None) -> Tracker:
+def analysis_sizes(program: Program) -> dict[str, int]:
+    """Return the sizes of the dynamic axes that an analysis runs at."""
+    axes = {axis for dims in program.axes.values() for axis in dims.values()}
+    return {"batch": BATCH} if "batch" in axes else {}
+
+
+def track(tracker: Tracker, graph: fx.Graph, fakes: dict[Any, Any], sizes: dict[str, int]) -> Tracker:
     """Run the rules over one graph and return the tracker with every node's labels."""
-    axes = {axis for dims in tracker.program.axes.values() for axis in dims.values()}
-    tracker.sizes = {"batch": BATCH} if "batch" in axes else {}
-    tracker.fakes.fill(propagate(tracker.program, mode, tracker.sizes) if fakes is None else fakes)
+    tracker.sizes = sizes
+    tracker.fakes.fill(fakes)
     aliases = tied_names(tracker.program.module())
     for node in graph.nodes:
         if node.op == "placeholder":

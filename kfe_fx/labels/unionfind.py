@@ -65,10 +65,15 @@ class UnionFind:
         differ = roots[0] != roots[1]
         if not differ.any():
             return
-        pairs = np.unique(np.stack([roots[0][differ], roots[1][differ]]), axis=1)
-        self._edges.append((pairs[0], pairs[1], reason))
-        for one, other in pairs.T.tolist():
-            self._merge(one, other)
+        one, other = roots[0][differ], roots[1][differ]
+        self._edges.append((one, other, reason))
+        if len(np.unique(np.concatenate([one, other]))) == 2 * len(one):  # each class in one pair: merge all at once
+            low, high = np.minimum(one, other), np.maximum(one, other)
+            self._parent[high] = low
+            self._free[low] &= self._free[high]
+            return
+        for first_root, second_root in zip(one.tolist(), other.tolist(), strict=True):
+            self._merge(first_root, second_root)
 
     def _merge(self, one: int, other: int) -> None:
         one, other = self._root(one), self._root(other)

@@ -187,11 +187,15 @@ def _units(program: Program, table: UnitTable, parameters: dict[str, Dims]) -> l
 
 
 def _indices_of_units(table: UnitTable, layers: tuple[np.ndarray, ...]) -> list[tuple[int, tuple[int, ...]]]:
-    numbers = [table.numbers(layer) for layer in layers]
-    places = np.concatenate([np.stack([line, np.arange(len(line))]) for line in numbers], axis=1) if numbers else None
-    if places is None:
-        return []
-    places = np.unique(places[:, places[0] >= 0], axis=1)
-    units, starts = np.unique(places[0], return_index=True)
-    parts = np.split(places[1], starts[1:]) if len(units) else []
-    return [(int(unit), tuple(part.tolist())) for unit, part in zip(units, parts, strict=True)]
+    found: dict[int, list[int]] = {}
+    for layer in layers:
+        numbers = table.numbers(layer)
+        order = np.argsort(numbers, kind="stable")
+        order = order[np.searchsorted(numbers[order], 0) :]  # -1 is no unit
+        if not len(order):
+            continue
+        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+        places, bounds = order.tolist(), [*starts.tolist(), len(order)]
+        for unit, first, last in zip(numbers[order][starts].tolist(), bounds, bounds[1:], strict=False):
+            found.setdefault(unit, []).extend(places[first:last])
+    return [(unit, tuple(sorted(set(indices)))) for unit, indices in found.items()]

@@ -42,6 +42,7 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
     drop_buffer_writes(graph)
     _own_outputs(graph)
     _contiguous_attention(graph)
+    _stable_log_sigmoid(graph)
     graph.lint()
     module = fx.GraphModule(program.module(), graph)
     _own_leaves(module)
@@ -114,6 +115,17 @@ def _contiguous_attention(graph: fx.Graph) -> None:
             made = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+
+
+def _stable_log_sigmoid(graph: fx.Graph) -> None:
+    # The exporter writes log(sigmoid(x)), which is -inf below -104 in float32; -softplus(-x) is not.
+    for node in list(graph.find_nodes(op="call_function", target=aten.log_sigmoid.default)):
+        with graph.inserting_before(node):
+            flipped = graph.call_function(aten.neg.default, (node.args[0],))
+            soft = graph.call_function(aten.softplus.default, (flipped,))
+            made = graph.call_function(aten.neg.default, (soft,))
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _own_leaves(module: fx.GraphModule) -> None:

@@ -49,7 +49,10 @@ def test_the_reduction_of_a_loss_does_not_matter(reduction: str):
 
 def test_a_loss_without_a_meaning_per_example_is_refused():
     with pytest.raises(UsageError, match="no meaning per example"):
-        score("fisher", context_of("outer", lambda outputs, targets: F.cross_entropy(outputs, targets) * len(targets) ** 2))
+        score(
+            "fisher",
+            context_of("outer", lambda outputs, targets: F.cross_entropy(outputs, targets) * len(targets) ** 2),
+        )
 
 
 def test_targets_that_do_not_fit_are_refused():
@@ -159,4 +162,6 @@ def test_token_scores_have_their_classes_last():
     tokens = Batch([torch.zeros(2, 3, dtype=torch.int64)], None, 2)
     total = Sampler(None, 0).total(logits, tokens)
     assert float(total.detach()) == pytest.approx(2 * np.log(7))
-    assert float(Sampler(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(2 * np.log(3))
+    assert float(Sampler(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(
+        2 * np.log(3)
+    )

@@ -188,6 +188,13 @@ ATTACKS: dict[str, tuple[Callable[[Any], object], str]] = {
         insert({"target": "aten.copy_.default", "args": [{"node": 0}, {"node": 0}]}),
         "into a buffer only",
     ),
+    "a write that does not fit": (
+        lambda d: next(n for n in d["graphs"]["train"] if n["target"] == "aten.copy_.default")["args"].__setitem__(
+            1,
+            {"node": d["graphs"]["train"].index(next(n for n in d["graphs"]["train"] if n["target"] == "stem.weight"))},
+        ),
+        "is not|does not run",
+    ),
     "TorchScript's string": (insert({"target": "aten.add.str", "args": ["a", "b"]}), "is not one that"),
     "TorchScript's list": (insert({"target": "aten.mul.left_t", "args": [[1, 2], 10**9]}), "is not one that"),
     "an unknown overload": (set_target("aten.relu", "aten.relu.nothing"), "not known"),

@@ -10,7 +10,7 @@ from kfe_fx.format import load, save
 from kfe_fx.frontend.capture import capture
 from tests.random_nets import outputs, sample_net
 
-NETS = 200 if os.environ.get("KFE_FX_THOROUGH", "") not in ("", "0") else 5
+NETS = 200 if os.environ.get("KFE_FX_THOROUGH", "") not in ("", "0") else 3
 
 
 @pytest.mark.parametrize("seed", range(NETS))

@@ -104,6 +104,20 @@ def test_with_neither_it_is_skipped_and_counted():
     assert result.facts == {"folded": 0, "skipped": 1, "skipped_at": ["consumer"]}
 
 
+def test_a_weight_that_is_computed_is_skipped_and_counted():
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2)
+
+    x = torch.randn(4, 3).double()
+    _, analysis, plan, small = prepared(Net(Computed(), conv=False), x, [0])
+    assert folded(analysis, plan, small, x).facts == {"folded": 0, "skipped": 1, "skipped_at": ["consumer"]}
+
+
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(8, 6, 3, padding=1), lambda: nn.ConvTranspose2d(8, 6, 3, groups=2)])
 def test_the_mean_output_is_restored_whatever_varies(make):
     """The mean over data and positions of every output is that of the whole network, padding or not."""
@@ -163,4 +177,4 @@ def test_another_plan_and_no_data_are_refused():
         measure_means(analysis, [])
     nothing = FoldMeans(analysis, Plan(), measure_means(analysis, (x, None))).run(small)
     assert not nothing.modified
-    assert not folded(analysis, plan, program, x).program is program
+    assert folded(analysis, plan, program, x).program is not program

@@ -191,7 +191,8 @@ def test_gates_at_zero_equal_the_shrunk_network():
     small = Shrink(Plan.of_units(analysis, removed)).run(program).program
     module = gated(program, analysis)
     gates = [
-        torch.tensor([[0.0 if unit in removed else 1.0 for unit in units]], dtype=torch.float64) for units in module.units
+        torch.tensor([[0.0 if unit in removed else 1.0 for unit in units]], dtype=torch.float64)
+        for units in module.units
     ]
     assert (module.run([x], gates) - small(x)).abs().max() < 1e-12
     assert (program(x) - small(x)).abs().max() > 1e-3

@@ -67,7 +67,9 @@ def test_dropout_stays_off():
     program = capture(randomise(Shared(dropout=0.5)), batches()[0])
     twin = capture(randomise(Shared(dropout=0.0)), batches()[0])
     twin.module().load_state_dict(program.state_dict())
-    first, second = (statistics(ReestimateStatistics(batches()).run(each).program.state_dict()) for each in (program, twin))
+    first, second = (
+        statistics(ReestimateStatistics(batches()).run(each).program.state_dict()) for each in (program, twin)
+    )
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 

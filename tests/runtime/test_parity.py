@@ -62,6 +62,11 @@ def test_a_fixed_batch_is_tried_at_its_own_size():
     assert report.sizes == ({},)
 
 
+def test_log_sigmoid_keeps_its_tail():
+    program = capture(nn.LogSigmoid().eval(), torch.linspace(-500, 500, 101)[None])
+    assert parity(program, onnx_bytes(program)).ok
+
+
 def pairs(*ours: np.ndarray, error: float = 0.0) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one, one + error) for one in ours]
 

@@ -1,0 +1,99 @@
+"""Losses by targets, by name, by function; what they mean per example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfe_fx.errors import BadData, UsageError
+from kfe_fx.training.losses import cross_entropy, main_output, mean_square, resolve_loss, settle
+
+LOGITS, CLASSES = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+
+
+def test_the_loss_follows_the_targets():
+    assert resolve_loss(None, CLASSES).name == "cross-entropy"  # type: ignore[union-attr]
+    assert resolve_loss(None, torch.randn(4)).name == "mse"  # type: ignore[union-attr]
+    assert resolve_loss(None, None) is None
+    assert resolve_loss("mse", CLASSES).name == "mse"  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="give a function"):
+        resolve_loss(3, CLASSES)
+
+
+def test_classes_in_dim_one_or_last():
+    torch.testing.assert_close(cross_entropy(LOGITS, CLASSES), F.cross_entropy(LOGITS, CLASSES))
+    tokens, labels = torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))
+    torch.testing.assert_close(cross_entropy(tokens, labels), F.cross_entropy(tokens.transpose(1, 2), labels))
+    torch.testing.assert_close(cross_entropy(tokens.transpose(1, 2), labels), cross_entropy(tokens, labels))
+    torch.testing.assert_close(cross_entropy(LOGITS, CLASSES[:, None]), cross_entropy(LOGITS, CLASSES))
+    for bad in (torch.zeros(3, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)):
+        with pytest.raises(BadData, match="do not fit the output"):
+            cross_entropy(LOGITS, bad)
+    with pytest.raises(BadData, match="do not fit the output"):
+        cross_entropy(torch.randn(4, 1), CLASSES)
+
+
+def test_values_of_another_shape_are_refused():
+    torch.testing.assert_close(mean_square(torch.ones(4, 1), torch.zeros(4)), torch.tensor(1.0))
+    with pytest.raises(BadData, match="do not fit"):
+        mean_square(torch.ones(4, 2), torch.zeros(4))
+
+
+def test_the_main_output_of_several():
+    scores = torch.randn(4, 3)
+    assert main_output({"index": CLASSES, "size": torch.tensor(1.0), "scores": scores}) is scores
+    assert main_output((CLASSES, torch.ones(4))).shape == (4,)
+    with pytest.raises(UsageError, match="no floating-point output"):
+        main_output([CLASSES])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_reduction_is_found(reduction: str):
+    expected = F.cross_entropy(LOGITS, CLASSES, reduction="sum")
+    plain = resolve_loss(lambda o, t: F.cross_entropy(o["y"][0], t, reduction=reduction), CLASSES)
+    known = resolve_loss(nn.CrossEntropyLoss(reduction=reduction), CLASSES)
+    for loss, outputs in ((plain, {"y": (LOGITS,)}), (known, LOGITS)):
+        assert loss is not None
+        settled = settle(loss, outputs, CLASSES, 4)
+        assert settled.reduction == reduction
+        torch.testing.assert_close(settled.total(outputs, CLASSES, 4), expected)
+        torch.testing.assert_close(settled.mean(outputs, CLASSES, 4), expected / 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda o, t: 1.0, "returns a float"),
+        (lambda o, t: o, "return a mean, a sum or"),
+        (lambda o, t: o.square().sum() ** 2, "no meaning per example"),
+    ],
+)
+def test_losses_that_mean_nothing(function, told: str):
+    loss = resolve_loss(function, CLASSES)
+    assert loss is not None
+    with pytest.raises(UsageError, match=told):
+        settle(loss, LOGITS, CLASSES, 4)
+
+
+def test_a_function_from_a_file(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(outputs, targets):\n    return (outputs.sum(1) - targets) ** 2\nnumber = 3\n")
+    loss = resolve_loss(f"{file}:loss", CLASSES)
+    assert loss is not None
+    assert settle(loss, LOGITS, CLASSES, 4).reduction == "none"
+    for reference, told in (
+        (f"{file}:other", "defines no function"),
+        (f"{file}:number", "defines no function"),
+        (f"{tmp_path / 'none.py'}:loss", "no such file"),
+        ("nowhere.at.all:loss", "cannot be imported"),
+        ("loss", "does not name a function"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            resolve_loss(reference, CLASSES)
+    file.write_text("def loss(:\n")
+    with pytest.raises(UsageError, match="SyntaxError"):
+        resolve_loss(f"{file}:loss", CLASSES)
