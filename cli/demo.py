@@ -10,7 +10,8 @@ import click
 from kfe_fx.cli import options, output, prune
 from kfe_fx.errors import BadFile
 
-DATA = "glyphs:20000"
+DATA = "glyphs:10000"
+EPOCHS = 2
 HELD_OUT = "glyphs:held-out"
 
 
@@ -44,7 +45,7 @@ def command(*, folder: Path, budget: float, seed: int, as_json: bool, quiet: boo
             raise BadFile(f"{model}: the network of the demo is missing; install kfe-fx again")
         if not (as_json or quiet):
             click.echo(
-                f"$ kfe-fx prune {output.short(model)} --budget {budget:g} --data {DATA} --val {HELD_OUT} "
+                f"$ kfe-fx prune {output.short(model)} --budget {budget:g} --data {DATA} --val {HELD_OUT} --epochs {EPOCHS} "
                 f"--seed {seed} -o {folder} --force"
             )
         prune.run(
@@ -59,6 +60,6 @@ def command(*, folder: Path, budget: float, seed: int, as_json: bool, quiet: boo
                 val=HELD_OUT,
                 evaluate=None,
                 loss=None,
-                settings={"budget": budget, "seed": seed},
+                settings={"budget": budget, "epochs": EPOCHS, "seed": seed},
             )
         )

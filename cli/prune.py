@@ -65,6 +65,11 @@ def run(job: Job) -> None:
         )
         paths = result.write(job.folder, job.model.stem, force=job.force)
     show(job, result, paths)
+    if not result.certificate.feasible:
+        raise InfeasibleBudget(
+            f"the budget {job.settings['budget']:g} is out of reach ({result.certificate.binding}); "
+            f"the nearest point, {result.certificate.reached:.3f}, was written"
+        )
 
 
 def show(job: Job, result: Any, paths: Any) -> None:
@@ -87,11 +92,11 @@ def show(job: Job, result: Any, paths: Any) -> None:
 )
 @click.option(
     "--metric",
-    type=click.Choice(["latency", "macs", "params", "widths"]),
+    type=click.Choice(["latency", "macs", "params", "memory", "widths"]),
     default="latency",
     show_default=True,
-    help="What the budget is of: measured ONNX Runtime latency, multiply-accumulates, parameters, or the "
-    "width of every layer.",
+    help="What the budget is of: measured ONNX Runtime latency, multiply-accumulates, parameters, peak "
+    "activation memory, or the width of every layer.",
 )
 @click.option(
     "--criterion",
@@ -131,6 +136,13 @@ def show(job: Job, result: Any, paths: Any) -> None:
     multiple=True,
     metavar="GLOB",
     help="Leave these layers alone, as 'head' or 'layer4.*'. Repeatable.",
+)
+@click.option(
+    "--heads",
+    type=click.Choice(["auto", "heads", "positions"]),
+    default="auto",
+    show_default=True,
+    help="What attention loses: whole heads, or the same positions of every head.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
 @click.option(

@@ -55,7 +55,7 @@ class Recipe:
 RECIPES = {
     "resnet": Recipe(epochs=6, rate=4e-3, half=True),
     "mobilenet": Recipe(epochs=4, rate=3e-3, batch=64, half=True),
-    "vit": Recipe(epochs=8, rate=1.2e-3, batch=64, clip=1.0),
+    "vit": Recipe(epochs=6, rate=1.2e-3, batch=64, clip=1.0),
 }
 
 

@@ -32,6 +32,7 @@ from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import onnx_bytes
 from kfe_fx.runtime.parity import compare_output, parity
 from kfe_fx.runtime.session import make_session
+from kfe_fx.runtime.template import Template
 from kfe_fx.training.finetune import default_epochs, finetune
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
@@ -96,7 +97,6 @@ class Rounds:
         self.plan = Plan(heads=settings.heads)
         self.optimizer: torch.optim.Optimizer | None = None
         self.certificate = Certificate(settings.budget, settings.metric, str(settings.criterion), settings.seed)
-        self.dense: bytes | None = None
         self.scoring: dict[str, Any] = {}
 
     def run(self) -> tuple[Program, Plan, Certificate, bytes]:
@@ -185,14 +185,16 @@ class Rounds:
 
     def _closed_loop(self, scores: np.ndarray) -> None:
         settings = self.settings
-        dense = make_session(self._dense(), threads=settings.threads)
+        self.progress("measuring the dense network", None)
+        template = Template(self.original)  # one export; each candidate is sliced into it
+        dense = make_session(template.model(self.original), threads=settings.threads)
         example = feeds(self.original, settings.batch, settings.seed)
 
         def build_and_measure(selection: Selection) -> float:
             self.progress("measuring a candidate", None)
             plan = Plan.of_units(self.analysis, selection.removed, heads=settings.heads)
             candidate = Shrink(plan).run(self.original).program
-            session = make_session(onnx_bytes(candidate), threads=settings.threads)
+            session = make_session(template.model(candidate), threads=settings.threads)
             found = compare([dense, session], example, seconds=TURN_SECONDS, precision=0.005, seed=settings.seed)
             return found.ratios[1].value
 
@@ -205,11 +207,6 @@ class Rounds:
         self.certificate.measured["turns"] = [
             {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured} for turn in result.turns
         ]
-
-    def _dense(self) -> bytes:
-        if self.dense is None:
-            self.dense = onnx_bytes(self.original)
-        return self.dense
 
     # one surgery -----------------------------------------------------------------------------------------------------
 
@@ -370,7 +367,7 @@ class Rounds:
     def _measure_anew(self, onnx: bytes) -> None:
         settings = self.settings
         self.progress("measuring anew", None)
-        sessions = [make_session(model, threads=settings.threads) for model in (self._dense(), onnx)]
+        sessions = [make_session(model, threads=settings.threads) for model in (onnx_bytes(self.original), onnx)]
         found = compare(
             sessions, feeds(self.original, settings.batch, settings.seed), seconds=FINAL_SECONDS, seed=settings.seed + 1
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from kfe_fx.labels.relocate import Relocation
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
-from kfe_fx.shapes import propagate
+from kfe_fx.shapes import propagate_all
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Shrink(Pass):
             graph.eliminate_dead_code()
             graph.lint()
         twin.module().recompile()
-        for mode, move in moves.items():
-            _check_shapes(twin, mode, move)
+        for mode, fakes in propagate_all(twin, sorted(moves), analysis.trackers["eval"].sizes).items():
+            _check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
         return PassResult(twin, True, {"removed": len(removed), "tensors": sliced})
 
@@ -78,9 +78,8 @@ def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int])
     return count
 
 
-def _check_shapes(program: Program, mode: str, move: Relocation) -> None:
+def _check_shapes(move: Relocation, fakes: dict[Any, Any]) -> None:
     """Compare the shape of every node with what the labels say; a difference is a bug and must not get out."""
-    fakes = propagate(program, mode, move.tracker.sizes)
     for node, fake in fakes.items():
         expected = move.tracker.fakes.get(node)
         if not isinstance(fake, torch.Tensor) or not isinstance(expected, torch.Tensor):

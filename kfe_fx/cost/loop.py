@@ -14,6 +14,10 @@ DAMPING = 0.85
 # how often a correction that changes nothing is doubled before the loop gives up: solving is cheap, measuring is not
 PUSHES = 5
 _LEAST_TARGET = 1e-3
+# a line through two turns means something when they asked for things this far apart (in the logarithm), and when it
+# does not rise much more slowly than in proportion; else it is noise
+_APART = 0.1
+_LEAST_RISE = 0.4
 # one turn asks for at most this much less (or more) than the turn it starts from
 _FARTHEST = 0.6
 
@@ -127,9 +131,11 @@ def _corrected(done: list[Turn], target: float) -> float:
     if bracket is None:
         *others, last = sorted(done, key=lambda turn: -abs(math.log(turn.measured / target)))
         damped = last.asked * (target / last.measured) ** DAMPING
-        rise = (others[-1].measured - last.measured) / (others[-1].asked - last.asked) if others else 0.0
-        if rise <= 0:  # one turn alone, or noise
+        apart = [turn for turn in others if abs(math.log(turn.asked / last.asked)) > _APART]
+        if not apart:
             return damped
+        rise = (apart[-1].measured - last.measured) / (apart[-1].asked - last.asked)
+        rise = max(rise, _LEAST_RISE * last.measured / last.asked)
         # part of the time does not shrink, so the whole shrinks more slowly than what is asked
         straight = last.asked + (target - last.measured) / rise
         return min(max(straight, last.asked * _FARTHEST), last.asked / _FARTHEST)

@@ -47,5 +47,6 @@ ELEMENT_FACTORS: dict[str, float] = {
     "sigmoid": 3.0, "hardsigmoid": 1.5, "tanh": 2.7, "silu": 3.5, "hardswish": 2.9, "gelu": 7.0, "elu": 3.0,
     "mish": 8.0, "softplus": 5.0, "erf": 5.2, "sin": 4.0, "cos": 4.0, "softmax": 2.8, "log_softmax": 3.5,
     "layer_norm": 6.0, "rms_norm": 4.0, "group_norm": 4.0, "instance_norm": 4.0, "batch_norm": 1.8,
-    "upsample_nearest2d": 2.0, "upsample_bilinear2d": 6.0, "embedding": 1.0, "cat": 1.5, "stack": 1.5, "pad": 1.5, "constant_pad_nd": 1.5,
+    "upsample_nearest2d": 2.0, "upsample_bilinear2d": 6.0, "embedding": 1.0,
+    "cat": 1.5, "stack": 1.5, "pad": 1.5, "constant_pad_nd": 1.5,
 }  # fmt: skip

@@ -35,6 +35,8 @@ def contract(tracker: Tracker, node: fx.Node, operands: list[tuple[Any, str]], o
     for letter, layers in letters.items():
         if letter not in out and not carriers[letter]:
             tracker.freeze(layers, node, "is summed between two parameters")
+    # what only parameters bring to the output is minted here, even where an input carries the same units elsewhere
+    tracker.minted[node] = {place for place, letter in enumerate(out) if letter in carriers and not carriers[letter]}
     return tuple(letters.get(letter, ()) for letter in out)
 
 

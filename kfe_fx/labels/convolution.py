@@ -61,6 +61,8 @@ def _convolve(tracker: Tracker, node: fx.Node, out_dim: int) -> Dims:
         out = kernel[out_dim]
     else:
         out = _grouped(tracker, node, source, out_dim, groups)
+    if weight in tracker.static and tracker.decisions.get(node.name) != WHOLE:
+        tracker.minted[node] = {channel}
     if bias is not None and tracker.shape(bias)[0] > 1:
         out = tracker.unify(out, tracker.dims(bias)[0], node)
     return (*dims[:channel], out, *((),) * (len(kernel) - 2))

@@ -51,7 +51,7 @@ class GateSite:
 
 
 def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
-    """Find where labels enter activations: on the output of a node none of whose activation inputs carries them."""
+    """Find where labels enter activations: what a contraction's parameter brings, else what no activation input carries."""
     mints = []
     for node in graph.nodes:
         value = tracker.values.get(node)
@@ -60,10 +60,11 @@ def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
         if not any(value):
             continue
         carried = _carried(tracker, node)
+        brought = tracker.minted.get(node, set())
         for dim, layers in enumerate(value):
             for layer in layers:
                 roots = tracker.classes.find(layer)
-                fresh = ~np.isin(roots, carried) & (roots != 0)
+                fresh = (roots != 0) if dim in brought else ~np.isin(roots, carried) & (roots != 0)
                 if fresh.any():
                     mints.append(Mint(node.name, dim, layer, fresh, _parameter_of(tracker, node, roots)))
     return mints

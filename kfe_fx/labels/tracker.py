@@ -62,6 +62,7 @@ class Tracker:
         self.fakes = ByName()
         self.values = ByName()
         self.static = ByName()  # nodes that no input reaches: parameters and what is computed from them alone
+        self.minted = ByName()  # contraction -> dims of its output that a parameter brings
         self.decisions: dict[str, str] = {}
         self.statistics: dict[str, tuple[int, ...]] = {}
 

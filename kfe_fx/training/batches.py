@@ -94,10 +94,15 @@ class Batches:
     def epoch(self, seed: int | None, *, drop_last: bool = False) -> Iterator[Batch]:
         """Yield every batch, shuffled by ``seed`` where the data can be shuffled.
 
-        ``drop_last`` leaves out a smaller last batch, unless it is the only one.
+        ``drop_last`` leaves out a smaller last batch, unless it is the only one; where batches come ready-made, only
+        one of a single example after larger ones, of which a norm cannot take the variance.
         """
+        largest = 0
         for item in self._raw(seed, drop_last):
             batch = self._batch(item)
+            largest = max(largest, batch.count)
+            if drop_last and batch.count == 1 < largest:
+                continue
             if pinned_batch(self.program) not in (None, batch.count):
                 continue  # a network that pins its batch takes nothing else
             yield batch
