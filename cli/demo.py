@@ -45,8 +45,8 @@ def command(*, folder: Path, budget: float, seed: int, as_json: bool, quiet: boo
             raise BadFile(f"{model}: the network of the demo is missing; install kfe-fx again")
         if not (as_json or quiet):
             click.echo(
-                f"$ kfe-fx prune {output.short(model)} --budget {budget:g} --data {DATA} --val {HELD_OUT} --epochs {EPOCHS} "
-                f"--seed {seed} -o {folder} --force"
+                f"$ kfe-fx prune {output.short(model)} --budget {budget:g} --data {DATA} --val {HELD_OUT} "
+                f"--epochs {EPOCHS} --seed {seed} -o {folder} --force"
             )
         prune.run(
             prune.Job(

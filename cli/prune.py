@@ -10,6 +10,7 @@ import click
 
 from kfe_fx.cli import options, output, targets
 from kfe_fx.cli.examples import load_examples
+from kfe_fx.errors import InfeasibleBudget
 
 SUFFIXES = (".pruned.onnx", ".pruned.pt", ".pruned.json")
 

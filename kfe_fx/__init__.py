@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from kfe_fx.passes.prune import prune as prune
     from kfe_fx.plan import Plan as Plan
     from kfe_fx.program import Program as Program
-    from kfe_fx.runtime.onnx_file import export as export
     from kfe_fx.runtime.artifacts import verify as verify
+    from kfe_fx.runtime.onnx_file import export as export
 
 __version__ = "0.1.0"
 

@@ -35,7 +35,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Return the certificate as JSON-ready data."""
-        return {name: value for name, value in self.__dict__.items()}
+        return dict(self.__dict__)
 
     @property
     def masked_error(self) -> float:
@@ -51,7 +51,9 @@ class Certificate:
         ]
         rows += self._latency_rows() + self._quality_rows()
         for number, entry in enumerate(self.rounds, 1):
-            rows.append((f"round {number}: masked = shrunk", f"{entry['removed']} units out", f"{entry['masked_error']:.1e}"))
+            rows.append(
+                (f"round {number}: masked = shrunk", f"{entry['removed']} units out", f"{entry['masked_error']:.1e}")
+            )
         if self.parity:
             batches = ", ".join(str(batch) for batch in self.parity.get("batches", ()))
             verdict = f"{self.parity['error']:.1e}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from kfe_fx.errors import UsageError
 from kfe_fx.structure import flatten_like, pack
@@ -139,7 +140,7 @@ def _compile(module: nn.Module, graph: fx.Graph) -> Any:
         # a name of the user's that Python code cannot hold (an input called "torch", a layer called "lambda")
         return lambda *flat: _Interpreter(module, graph=graph).run(*flat)
     scope = dict(code.globals)
-    exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)  # noqa: S102  (fx wrote the source)
+    exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)
     return functools.partial(scope["forward"], _Attributes(module))
 
 
@@ -148,8 +149,8 @@ def copy_graph(graph: fx.Graph, names: dict[fx.Node, str] | None = None) -> fx.G
     twin = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        args = fx.node.map_arg(node.args, lambda arg: copies[arg])
-        kwargs = fx.node.map_arg(node.kwargs, lambda arg: copies[arg])
+        args = map_arg(node.args, lambda arg: copies[arg])
+        kwargs = map_arg(node.kwargs, lambda arg: copies[arg])
         name = node.name if names is None else names[node]
         made = copies[node] = twin.create_node(node.op, node.target, args, kwargs, name)  # type: ignore[arg-type]
         made.meta = dict(node.meta)
@@ -229,7 +230,7 @@ def graph_text(graph: fx.Graph) -> str:
     number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda arg: number[arg])
+        arguments = map_arg((node.args, node.kwargs), lambda arg: number[arg])
         lines.append(f"{number[node]} {node.op} {node.target} {arguments!r}")
     return "\n".join(lines)
 

@@ -100,7 +100,9 @@ def _compare(module: nn.Module, small: Program) -> None:
             outputs = module(*args, **kwargs)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         first = str(error).strip().splitlines()[0]
-        raise PlanError(f"the module's own code holds a width ({first}); use result.module(), which holds none") from None
+        raise PlanError(
+            f"the module's own code holds a width ({first}); use result.module(), which holds none"
+        ) from None
     finally:
         module.train(was)
     _, found = template_of(outputs, lambda item: isinstance(item, torch.Tensor))

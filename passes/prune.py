@@ -90,15 +90,19 @@ def prune(
         metric: "latency" (measured in ONNX Runtime), "macs", "params", "memory", or "widths" (max(1, ceil(budget·n)) of
             the n independent units of every removable dim stay; no cost model, no multiples).
         criterion: "fisher", "taylor", "magnitude", "random", or a Criterion.
-        data: examples, ``(inputs, targets)`` or any data set; with targets and a loss the network is fine-tuned. Without
-            data the calibration sample of the program file scores, and without that drawn inputs do ("data-free").
+        data: examples, ``(inputs, targets)`` or any data set; with targets and a loss the network is fine-tuned.
+            Without data the calibration sample of the program file scores, and without that drawn inputs do.
         loss: None (cross-entropy for integer targets, mean square for floats), "file.py:function" or a function.
         val: examples to report on; without them a seeded part of ``data`` is held out.
         evaluate: a metric, "file.py:function" or a function (module, loader) -> float.
-        epochs, lr, batch_size, optimizer: of the fine-tuning; ``epochs`` in all, 0 for none.
+        epochs: of the fine-tuning in all, 0 for none.
+        lr: its learning rate.
+        batch_size: examples a step, in scoring too.
+        optimizer: "adamw" or "sgd".
         rounds: of scoring, removal and fine-tuning, on an exponential schedule.
         multiple_of: widths stay multiples of this; probed on this machine when not given.
-        threads, batch: of the latency measurement.
+        threads: of the latency measurement.
+        batch: of the latency measurement.
         keep: globs of parameters whose units stay.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
         seed: of the split and all sampling.
@@ -137,7 +141,12 @@ def _program(program_or_module: Program | nn.Module, example_inputs: Any) -> Pro
 def _check(
     budget: float, metric: str, heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any
 ) -> None:
-    if not isinstance(budget, int | float) or isinstance(budget, bool) or not math.isfinite(budget) or not 0 < budget <= 1:
+    if (
+        not isinstance(budget, int | float)
+        or isinstance(budget, bool)
+        or not math.isfinite(budget)
+        or not 0 < budget <= 1
+    ):
         raise UsageError(f"a budget is a ratio above 0 and at most 1, got {budget!r}")
     if metric not in METRICS:
         raise UsageError(f"there is no metric {metric!r}; choose one of {', '.join(METRICS)}")
@@ -149,4 +158,3 @@ def _check(
     ):  # fmt: skip
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}")
-

@@ -74,7 +74,11 @@ class Rounds:
     """One run: every decision is taken on the units of the original; the weights live in the small network."""
 
     def __init__(
-        self, program: Program, settings: Settings, data: PruneData, progress: Callable[[str, float | None], None] | None
+        self,
+        program: Program,
+        settings: Settings,
+        data: PruneData,
+        progress: Callable[[str, float | None], None] | None,
     ) -> None:
         """Analyse the network.
 
@@ -124,7 +128,9 @@ class Rounds:
             scores, small_analysis = self._scores()
             if last and self.settings.metric == "latency":
                 self._closed_loop(scores)
-            selection = self._last_selection if last and self.settings.metric == "latency" else self._select(scores, target)
+            selection = (
+                self._last_selection if last and self.settings.metric == "latency" else self._select(scores, target)
+            )
             self._surgery(selection, scores, small_analysis, target)
             if last and judge is not None:
                 self.certificate.quality["right_after"] = self._evaluate(judge, self.small)
@@ -146,9 +152,16 @@ class Rounds:
     def _scores(self) -> tuple[np.ndarray, Analysis]:
         """Score the units of the small network and hand the scores to the units of the original."""
         settings = self.settings
-        analysis = analyze(self.small, heads=settings.heads) if self.removed else replace(self.analysis, program=self.small)
+        analysis = (
+            analyze(self.small, heads=settings.heads) if self.removed else replace(self.analysis, program=self.small)
+        )
         context = ScoreContext.of(
-            self.small, analysis, self.data.calibration, settings.loss, batch_size=settings.batch_size, seed=settings.seed
+            self.small,
+            analysis,
+            self.data.calibration,
+            settings.loss,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
         )
         scores = score(settings.criterion, context)
         self.scoring = dict(context.facts)
@@ -161,10 +174,14 @@ class Rounds:
         if settings.metric == "widths":
             selection = select_widths(self.analysis, scores, target)
         else:
-            # what is gone costs nothing to leave out, so it goes first again
-            scores = np.where(np.isin(np.arange(len(scores)), list(self.removed)), 0.0, scores)
             selection = select_budget(
-                self.model, scores, self._cost(), target, multiple_of=self._block(), keep=settings.keep
+                self.model,
+                scores,
+                self._cost(),
+                target,
+                multiple_of=self._block(),
+                keep=settings.keep,
+                gone=self.removed,
             )
         return replace(selection, removed=selection.removed | self.removed)
 
@@ -205,7 +222,8 @@ class Rounds:
         self.certificate.feasible = result.feasible
         self.certificate.binding = "" if result.within else result.reason
         self.certificate.measured["turns"] = [
-            {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured} for turn in result.turns
+            {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured}
+            for turn in result.turns
         ]
 
     # one surgery -----------------------------------------------------------------------------------------------------
@@ -276,7 +294,9 @@ class Rounds:
             except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
                 facts = {"folded": 0, "not_folded": ["this round"]}
             source = self.data.training if self.data.training is not None else sample
-            shrunk = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), self.settings.batch_size).run(shrunk).program
+            shrunk = (
+                ReestimateStatistics(source.first(STATISTICS_EXAMPLES), self.settings.batch_size).run(shrunk).program
+            )
         self.small = shrunk
         return facts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class Shrink(Pass):
 
     name: ClassVar[str] = "shrink"
     keeps: ClassVar[str] = "trained"
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
 
     def run(self, program: Program) -> PassResult:
         """Return the smaller Program; ``program`` stays as it was.

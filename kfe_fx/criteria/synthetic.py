@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kfe_fx.program import Program, ProgramModule, copy_graph
@@ -13,7 +16,9 @@ from kfe_fx.training.batches import Batch, pinned_batch
 aten = torch.ops.aten
 
 BATCH = 64
-_STEPS, _RATE, _PROBE = 60, 0.1, 32
+_STEPS, _RATE = 80, 0.1
+_PROBE_ELEMENTS = 2**18
+_SCALES = (2, 4, 8, 16)
 _LIKE_INDEX = {  # what an index may pass on its way to a table of embeddings
     aten.view.default, aten.reshape.default, aten.to.dtype, aten._to_copy.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.contiguous.default, aten.flatten.using_ints,
@@ -24,10 +29,11 @@ _LIKE_INDEX = {  # what an index may pass on its way to a table of embeddings
 def draw(program: Program, count: int, seed: int, facts: dict[str, Any] | None = None) -> list[Batch]:
     """Draw ``count`` examples for scores without data.
 
-    Floating-point inputs are standard normal, then scaled and shifted per channel (dim 1 where there are at least two
-    dims beside the batch, else the last) so that mean and variance before the first batch norm come as near as possible
-    to its running statistics. Integers are uniform over the rows of the smallest embedding they index; other inputs
-    (masks, positions) repeat the example.
+    Floating-point inputs are a sum of Gaussian noise, white and (along positions) smooth at scales 2, 4, 8 and 16, plus
+    a shift. Amplitudes and shift per channel (dim 1 where there are at least two dims beside the batch, else the last)
+    are fitted so that mean and variance before the first batch norm come as near as possible to its running statistics;
+    without a batch norm the noise is white and standard normal. Integers are uniform over the rows of the smallest
+    embedding they index; other inputs (masks, positions) repeat the example.
 
     Args:
         program: the network.
@@ -39,19 +45,48 @@ def draw(program: Program, count: int, seed: int, facts: dict[str, Any] | None =
         Batches of inputs without targets.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch = pinned_batch(program) or min(BATCH, count)
-    found = [_inputs(program, batch, generator) for _ in range(max(1, round(count / batch)))]
-    if not _runs(program, found[0]):  # an index that is shifted on its way to its table
-        found = [_inputs(program, batch, generator, integers=False) for _ in found]
-    affine = _match(program, _inputs(program, _PROBE if pinned_batch(program) is None else batch, generator))
-    for flat in found:
-        for place, (scale, shift) in affine.items():
-            flat[place] = flat[place] * scale + shift
+    pinned = pinned_batch(program)
+    batch = pinned or min(BATCH, count)
+    batches = [_inputs(program, batch, generator) for _ in range(max(1, round(count / batch)))]
+    if not _runs(program, [_white(value) for value in batches[0]]):  # an index is shifted on its way to its table
+        batches = [_inputs(program, batch, generator, integers=False) for _ in batches]
+    mixture = _match(program, _inputs(program, pinned or _probe_size(program), generator))
     if facts is not None:
-        facts["data_free"] = True
         norm = _first_norm(program)
-        facts["matched"] = norm.meta.get("module", norm.name) if affine and norm is not None else None
-    return [Batch(flat, None, batch) for flat in found]
+        facts["data_free"] = True
+        facts["matched"] = norm.meta.get("module", norm.name) if mixture and norm is not None else None
+    mixed = [[mixture[i](value) if i in mixture else _white(value) for i, value in enumerate(flat)] for flat in batches]
+    return [Batch(flat, None, batch) for flat in mixed]
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Components of an input: [scales, N, ...], each of variance one, the first one white."""
+
+    components: Tensor
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """How much of each scale per channel (its logarithm), and a shift."""
+
+    logs: Tensor
+    shift: Tensor
+
+    def __call__(self, noise: _Noise) -> Tensor:
+        """Mix the components to an input [N, ...]."""
+        parts = noise.components
+        return (parts * self.logs.exp().to(parts.dtype)).sum(0) + self.shift.to(parts.dtype)
+
+
+def _white(value: Any) -> Any:
+    return value.components[0] if isinstance(value, _Noise) else value
+
+
+def _probe_size(program: Program) -> int:
+    """Return how many examples the fit looks at: fewer where each has many positions."""
+    sizes = [value[0].numel() for value in program.flat_examples() if isinstance(value, Tensor) and value.dim() > 1]
+    return min(BATCH, max(8, _PROBE_ELEMENTS // max(sizes, default=1)))
 
 
 def _inputs(program: Program, count: int, generator: torch.Generator, *, integers: bool = True) -> list[Any]:
@@ -66,12 +101,25 @@ def _inputs(program: Program, count: int, generator: torch.Generator, *, integer
         indexes = integers and not example.is_floating_point() and example.dtype != torch.bool
         rows = _table_rows(program, placeholders[name]) if indexes else None
         if example.is_floating_point():
-            flat.append(torch.randn(shape, dtype=example.dtype, generator=generator))
+            flat.append(_noise(shape, example.dtype, generator))
         elif rows is not None:
             flat.append(torch.randint(0, rows, shape, dtype=example.dtype, generator=generator))
         else:
             flat.append(example[torch.arange(count) % len(example)] if counts else example)
     return flat
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> _Noise:
+    parts = [torch.randn(shape, generator=generator)]
+    modes = {3: "linear", 4: "bilinear", 5: "trilinear"}
+    for scale in _SCALES if len(shape) in modes else ():
+        coarse = [max(1, -(-size // scale)) for size in shape[2:]]
+        if max(coarse) < 2:
+            break
+        part = torch.randn(*shape[:2], *coarse, generator=generator)
+        part = F.interpolate(part, size=shape[2:], mode=modes[len(shape)], align_corners=False)
+        parts.append(part / part.std().clamp_min(1e-6))
+    return _Noise(torch.stack(parts).to(dtype))
 
 
 def _runs(program: Program, flat: list[Any]) -> bool:
@@ -105,53 +153,45 @@ def _first_norm(program: Program) -> fx.Node | None:
     return None
 
 
-def _match(program: Program, flat: list[Any]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Fit a scale and a shift per channel of each floating-point input; {} where nothing can be matched."""
+def _match(program: Program, flat: list[Any]) -> dict[int, _Mixture]:
+    """Fit the mixture of each floating-point input; {} where nothing can be matched."""
     norm = _first_norm(program)
-    if norm is None:
+    noises = {i: value for i, value in enumerate(flat) if isinstance(value, _Noise)}
+    if norm is None or not noises:
         return {}
     run = _up_to(program, norm)
     mean, variance = (program.tensor(str(arg.target)).double() for arg in norm.args[3:5])  # type: ignore[union-attr]
-    deviation = variance.clamp_min(1e-12).sqrt()
-    free = {
-        i: _affine(value) for i, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    variables = [tensor for pair in free.values() for tensor in pair]
-    if not variables:
-        return {}
+    variance = variance.clamp_min(1e-12)
+    mixtures = {i: _start(noise) for i, noise in noises.items()}
+    variables = [tensor for mixture in mixtures.values() for tensor in (mixture.logs, mixture.shift)]
     optimizer = torch.optim.Adam(variables, lr=_RATE)
-
-    def scaled() -> dict[int, tuple[Tensor, Tensor]]:
-        return {i: (log.exp().to(flat[i].dtype), shift.to(flat[i].dtype)) for i, (log, shift) in free.items()}
-
     best, kept = float("inf"), {}
     for _ in range(_STEPS):
-        pairs = scaled()
         with torch.enable_grad():
-            inputs = [v * pairs[i][0] + pairs[i][1] if i in pairs else v for i, v in enumerate(flat)]
+            inputs = [mixtures[i](value) if i in mixtures else value for i, value in enumerate(flat)]
             seen = run(inputs).double().transpose(0, 1).flatten(1)  # [C, examples * positions]
-            off = ((seen.mean(1) - mean) / deviation).square().mean()
-            off = off + (seen.var(1) / deviation.square()).clamp_min(1e-6).log().square().mean()
+            off = ((seen.mean(1) - mean).square() / variance).mean()
+            off = off + (seen.var(1) / variance).clamp_min(1e-6).log().square().mean()
         if not off.requires_grad or not bool(torch.isfinite(off)):
             break
         if float(off.detach()) < best:
-            best, kept = (
-                float(off.detach()),
-                {i: (a.detach().clone(), b.detach().clone()) for i, (a, b) in pairs.items()},
-            )
+            best = float(off.detach())
+            kept = {i: _Mixture(m.logs.detach().clone(), m.shift.detach().clone()) for i, m in mixtures.items()}
         for variable, gradient in zip(variables, torch.autograd.grad(off, variables, allow_unused=True), strict=True):
             variable.grad = gradient
         optimizer.step()
     return kept
 
 
-def _affine(value: Tensor) -> tuple[Tensor, Tensor]:
-    shape = [1] * value.dim()
-    dim = 1 if value.dim() >= 3 else value.dim() - 1
-    if value.dim() > 1:
-        shape[dim] = value.shape[dim]
-    zeros = torch.zeros(shape, dtype=torch.float64)
-    return zeros.clone().requires_grad_(), zeros.clone().requires_grad_()
+def _start(noise: _Noise) -> _Mixture:
+    """Start with unit variance, shared evenly by the scales."""
+    scales, *shape = noise.components.shape
+    broadcast = [1] * len(shape)
+    dim = 1 if len(shape) >= 3 else len(shape) - 1
+    if len(shape) > 1:
+        broadcast[dim] = shape[dim]
+    logs = torch.full((scales, *broadcast), -0.5 * math.log(scales), dtype=torch.float64)
+    return _Mixture(logs.requires_grad_(), torch.zeros(broadcast, dtype=torch.float64, requires_grad=True))
 
 
 def _up_to(program: Program, norm: fx.Node) -> Any:

@@ -46,7 +46,31 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
         exported, axes = _export_dynamic(module, call, requested, notes, explicit=dynamic_axes is not None)
         _set_flags(module, training)
         trained = _export_training(module, call, axes, notes)
-    return _build(module, call, exported, trained, axes, notes)
+        module.eval()
+        program = _build(module, call, exported, trained, axes, notes)
+        _check_same(module, program)
+    return program
+
+
+def _check_same(module: nn.Module, program: Program) -> None:
+    """Run the source and the Program on the examples; a difference means that the trace missed something.
+
+    Raises:
+        UnsupportedModel: they differ.
+    """
+    args, kwargs = program.example_inputs
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = module(*args, **kwargs)
+        torch.manual_seed(0)
+        found = program(*args, **kwargs)
+    is_tensor = lambda item: isinstance(item, torch.Tensor)  # noqa: E731
+    for theirs, ours in zip(template_of(expected, is_tensor)[1], template_of(found, is_tensor)[1], strict=False):
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UnsupportedModel(
+                f"{type(module).__name__}: the captured graph gives other outputs than the module on the example "
+                "inputs: its forward depends on state or randomness outside the graph"
+            )
 
 
 def _build(
@@ -228,7 +252,7 @@ def _export_training(module: nn.Module, call: Call, axes: dict[str, Any], notes:
     ]
     if averaging:
         notes.append(
-            f"training mode not captured: {averaging[0]} has momentum=None (cumulative average); set a momentum to train"
+            f"training mode not captured: {averaging[0]} has momentum=None (cumulative average); give it a momentum"
         )
         return None
     try:

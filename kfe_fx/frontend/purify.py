@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from kfe_fx.errors import UnsupportedModel
 
@@ -81,13 +82,15 @@ class _Purifier:
         for node in list(self.graph.nodes):
             if node.op == "output":
                 self._write_back_buffers(node)
-            self._read_current(node)
             storage = _storage(node)
+            # of the arguments as they were written: what they are read as now are copies that nobody writes to
+            aliased = [arg for arg in node.all_input_nodes if _storage(arg) == storage]
+            first = node.args[0] if node.args else None
+            self._read_current(node)
             if storage is None:
                 continue
-            aliased = [arg for arg in node.all_input_nodes if _storage(arg) == storage]
             if aliased:
-                self.parent[node] = node.args[0] if node.args and node.args[0] in aliased else aliased[0]  # type: ignore[assignment]
+                self.parent[node] = first if first in aliased else aliased[0]  # type: ignore[assignment]
             else:
                 self.base.setdefault(storage, node)
             if _mutates(node):
@@ -100,8 +103,8 @@ class _Purifier:
         with self.graph.inserting_before(node):
             # The original arguments are kept: views are re-made from them when their base changes again.
             node.meta["original"] = (node.args, node.kwargs)
-            node.args = fx.node.map_arg(node.args, self._now)
-            node.kwargs = fx.node.map_arg(node.kwargs, self._now)
+            node.args = map_arg(node.args, self._now)
+            node.kwargs = map_arg(node.kwargs, self._now)
 
     def _now(self, node: fx.Node) -> fx.Node:
         storage = _storage(node)
@@ -117,7 +120,7 @@ class _Purifier:
         args, kwargs = node.meta.get("original", (node.args, node.kwargs))
         fresh = self._now(parent)
         swap = lambda arg: fresh if arg is parent else arg  # noqa: E731
-        made = self.graph.call_function(node.target, fx.node.map_arg(args, swap), fx.node.map_arg(kwargs, swap))  # type: ignore[arg-type]
+        made = self.graph.call_function(node.target, map_arg(args, swap), map_arg(kwargs, swap))  # type: ignore[arg-type]
         made.meta = {key: value for key, value in node.meta.items() if key != "original"}
         self.current[node] = (version, made)
         return made

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.node import map_arg
 
+from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend import source
 from kfe_fx.frontend.inline import inline_regions
 from kfe_fx.frontend.purify import purify
@@ -75,7 +77,7 @@ def _unlift(exported: ExportedProgram, names: Sequence[str], constants: dict[str
                 continue  # a Python constant, fixed in the graph
             values[node].meta = dict(node.meta)
         elif node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], lambda old: values[old]))
+            graph.output(map_arg(node.args[0], lambda old: values[old]))
         else:
             values[node] = graph.node_copy(node, lambda old: values[old])
     return graph
@@ -83,6 +85,8 @@ def _unlift(exported: ExportedProgram, names: Sequence[str], constants: dict[str
 
 def _constant(exported: ExportedProgram, name: str, constants: dict[str, torch.Tensor], mode: str) -> str:
     value = exported.constants[name]
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedModel(f"the constant {name!r} is a {type(value).__name__}, not a tensor")
     known = constants.get(name)
     if known is not None and not (known.dtype == value.dtype and torch.equal(known, value)):
         name = f"{name}_{mode}"
@@ -115,7 +119,7 @@ def _drop_noise(graph: fx.Graph, constants: Container[str]) -> None:
         argument = node.args[0] if node.args else None
         if not isinstance(argument, fx.Node) or node.op != "call_function":
             continue
-        of_constant = argument.op == "get_attr" and argument.target in constants
+        of_constant = argument.op == "get_attr" and str(argument.target) in constants
         if node.target in (aten.clone.default, aten.detach.default) and of_constant:
             node.replace_all_uses_with(argument)
             graph.erase_node(node)
@@ -132,7 +136,7 @@ def input_shapes(exported: ExportedProgram) -> list[torch.Size]:
 def axis_names(
     exported: ExportedProgram, names: Sequence[str], axes: dict[str, dict[int, str | None]]
 ) -> dict[str, dict[int, str]]:
-    """Name the dynamic axes: the user's names, else "batch" for dim 0 and "axis" for others, one name per size symbol."""
+    """Name the dynamic axes: as the user did, else "batch" for dim 0 and "input_dim"; one name per size symbol."""
     by_symbol: dict[str, str] = {}
     taken: set[str] = {axis for dims in axes.values() for axis in dims.values() if axis}
     result: dict[str, dict[int, str]] = {}

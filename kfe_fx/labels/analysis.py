@@ -20,8 +20,8 @@ from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rul
     reduction,
     spatial,
 )
-from kfe_fx.labels.registry import RULES
 from kfe_fx.labels.examples import follow_examples, freeze_irregular
+from kfe_fx.labels.registry import RULES
 from kfe_fx.labels.sites import GateSite, Site, gate_sites, mint_sites
 from kfe_fx.labels.tracker import Dims, Tracker
 from kfe_fx.labels.unionfind import UnionFind

@@ -14,14 +14,37 @@ from kfe_fx.labels.tracker import Dims, Tracker
 aten = torch.ops.aten
 
 _LIKE = overloads(
-    aten, *"zeros_like ones_like full_like empty_like rand_like randn_like fill.Scalar fill.Tensor zero".split()
+    aten,
+    *[
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+        "fill.Scalar",
+        "fill.Tensor",
+        "zero",
+    ],
 )
 _SIZED = {  # operation -> place of its size argument
-    **dict.fromkeys(overloads(aten, *"zeros ones empty.memory_format full rand randn".split()), 0),
-    **dict.fromkeys(overloads(aten, *"new_zeros new_ones new_empty new_full".split()), 1),
+    **dict.fromkeys(overloads(aten, *["zeros", "ones", "empty.memory_format", "full", "rand", "randn"]), 0),
+    **dict.fromkeys(overloads(aten, *["new_zeros", "new_ones", "new_empty", "new_full"]), 1),
 }
 _COUNTERS = overloads(
-    aten, *"arange arange.start arange.start_step linspace scalar_tensor eye eye.m one_hot randint randint.low".split()
+    aten,
+    *[
+        "arange",
+        "arange.start",
+        "arange.start_step",
+        "linspace",
+        "scalar_tensor",
+        "eye",
+        "eye.m",
+        "one_hot",
+        "randint",
+        "randint.low",
+    ],
 )
 
 

@@ -67,7 +67,7 @@ def _packed_dims(node: fx.Node, rank: int) -> set[int]:
         if user.target is aten.permute.default:
             where = [where[dim] for dim in user.args[1]]  # type: ignore[union-attr, index, misc]
         elif user.target is aten.transpose.int:
-            first, second = (dim % len(where) for dim in user.args[1:3])  # type: ignore[operator]
+            first, second = (int(dim) % len(where) for dim in user.args[1:3])  # type: ignore[arg-type]
             where[first], where[second] = where[second], where[first]
         elif user.target is aten.unsqueeze.default:
             where.insert(user.args[1] % (len(where) + 1), None)  # type: ignore[operator]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from kfe_fx.errors import PlanError
 from kfe_fx.labels.provenance import spread, trace
@@ -19,19 +20,50 @@ aten = torch.ops.aten
 _VIEWS = overloads(aten, "view.default", "reshape.default", "_unsafe_view.default")
 _SPLITS = overloads(
     aten,
-    *(
-        "split.Tensor split.sizes split_with_sizes chunk unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes "
-        "tensor_split.sections tensor_split.indices"
-    ).split(),
+    *[
+        "split.Tensor",
+        "split.sizes",
+        "split_with_sizes",
+        "chunk",
+        "unsafe_chunk",
+        "unsafe_split.Tensor",
+        "unsafe_split_with_sizes",
+        "tensor_split.sections",
+        "tensor_split.indices",
+    ],
 )
 _GATHERS = overloads(aten, "roll.default", "narrow.default", "channel_shuffle.default", "index_select.default")
 _PLAIN = overloads(
     aten,
-    *(
-        "flatten.using_ints unflatten.int transpose.int permute t numpy_T mT swapaxes movedim.intlist movedim.int "
-        "unsqueeze squeeze squeeze.dim squeeze.dims select.int slice.Tensor unbind.int cat concat stack repeat "
-        "repeat_interleave.self_int pixel_shuffle pixel_unshuffle flip im2col tile"
-    ).split(),
+    *[
+        "flatten.using_ints",
+        "unflatten.int",
+        "transpose.int",
+        "permute",
+        "t",
+        "numpy_T",
+        "mT",
+        "swapaxes",
+        "movedim.intlist",
+        "movedim.int",
+        "unsqueeze",
+        "squeeze",
+        "squeeze.dim",
+        "squeeze.dims",
+        "select.int",
+        "slice.Tensor",
+        "unbind.int",
+        "cat",
+        "concat",
+        "stack",
+        "repeat",
+        "repeat_interleave.self_int",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "flip",
+        "im2col",
+        "tile",
+    ],
 )
 
 
@@ -41,7 +73,7 @@ def _run(tracker: Tracker, node: fx.Node) -> Any:
 
     def function(*indices: torch.Tensor) -> Any:
         given = dict(zip(tensors, indices, strict=True))
-        swapped = fx.node.map_arg((args, kwargs), lambda arg: given[arg])
+        swapped = map_arg((args, kwargs), lambda arg: given[arg])
         return node.target(*swapped[0], **swapped[1])  # type: ignore[operator]
 
     return _carry(tracker, node, function, tensors)
@@ -90,9 +122,11 @@ def pad(tracker: Tracker, node: fx.Node) -> Any:
     source = node.args[0]
     amounts = tracker.concrete(node.args[1])
     mode = tracker.arg(node, 2, "mode", "constant")
-    function = lambda index: torch.nn.functional.pad(
-        index, list(amounts), mode=mode, value=0 if mode == "constant" else None
-    )  # noqa: E731
+    value = 0 if mode == "constant" else None
+
+    def function(index: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(index, list(amounts), mode=mode, value=value)
+
     return _carry(tracker, node, function, [source])  # type: ignore[list-item]
 
 
@@ -150,7 +184,7 @@ def constant_value(tracker: Tracker, node: Any) -> torch.Tensor | None:
     if torch.Tag.nondeterministic_seeded in node.target.tags:
         return None
     given = dict(zip(node.all_input_nodes, values, strict=True))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: given[arg])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: given[arg])
     result = node.target(*args, **kwargs)
     return result if isinstance(result, torch.Tensor) else None
 
@@ -298,7 +332,7 @@ def slice_scatter_new_place(moved: Relocation, node: fx.Node) -> None:
     start, end, step = tracker.concrete(
         (tracker.arg(node, 3, "start"), tracker.arg(node, 4, "end"), tracker.arg(node, 5, "step", 1))
     )
-    old = np.arange(size)[slice(start, end, step)]
+    old = np.arange(size)[start:end:step]  # pyright: ignore[reportArgumentType, reportCallIssue]
     new = np.flatnonzero(np.isin(kept, old))
     if len(new) and not np.array_equal(new, np.arange(new[0], new[0] + len(new))):
         raise PlanError(f"{node.meta.get('source', node.name)}: a strided write cannot follow the removal")
@@ -315,8 +349,10 @@ def index_new_places(moved: Relocation, node: fx.Node) -> None:
     if len(used) != 1 or not moved.changed(source, used[0]):
         return
     numbers = constant_value(moved.tracker, indices[used[0]])
+    if numbers is None:
+        return
     size = moved.size_before(source, used[0])
-    old = np.arange(size)[numbers.numpy()]  # type: ignore[union-attr]
+    old = np.arange(size)[numbers.numpy()]
     kept_out = moved.kept(node, used[0])
     moved.gather_instead(node, source, used[0], old if kept_out is None else old[kept_out])
 
@@ -327,6 +363,6 @@ def squeeze_same_dims(moved: Relocation, node: fx.Node) -> None:
     source = node.args[0]
     shape = moved.tracker.shape(source)
     asked = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
-    dims = [dim % len(shape) for dim in (asked if isinstance(asked, list | tuple) else [asked])]  # type: ignore[operator]
+    dims = [int(dim) % len(shape) for dim in (asked if isinstance(asked, list | tuple) else [asked])]  # type: ignore[arg-type, union-attr]
     node.target = aten.squeeze.dims
     node.args = (source, [dim for dim in dims if shape[dim] == 1])

@@ -8,7 +8,7 @@ from torch import fx
 
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
-from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.labels.tracker import Dims, Tracker
 
 aten = torch.ops.aten
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from kfe_fx.labels.analysis import BATCH, Analysis
 
@@ -74,7 +75,7 @@ class _Masked(fx.Interpreter):
                 return torch.zeros_like(value)
             return value
 
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), zeroed)
+        args, kwargs = map_arg((n.args, n.kwargs), zeroed)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         return any(bool((result.movedim(dim, 0)[mask] != 0).any()) for dim, mask in masks.items())
 

@@ -15,12 +15,48 @@ aten = torch.ops.aten
 # pointwise, but without the tag in torch 2.13
 _UNTAGGED = overloads(
     aten,
-    *(
-        "hardswish hardsigmoid hardtanh relu6 dropout feature_dropout alpha_dropout feature_alpha_dropout to.dtype "
-        "to.device to.dtype_layout to.other _to_copy contiguous clone detach alias rrelu silu celu selu mish copy "
-        "masked_fill.Scalar masked_fill.Tensor where.self where.ScalarSelf where.ScalarOther where.Scalar bernoulli "
-        "bernoulli.p float_power.Tensor_Scalar logit nan_to_num square clip softsign log_sigmoid tanhshrink hardshrink"
-    ).split(),
+    *[
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "relu6",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "to.dtype",
+        "to.device",
+        "to.dtype_layout",
+        "to.other",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "detach",
+        "alias",
+        "rrelu",
+        "silu",
+        "celu",
+        "selu",
+        "mish",
+        "copy",
+        "masked_fill.Scalar",
+        "masked_fill.Tensor",
+        "where.self",
+        "where.ScalarSelf",
+        "where.ScalarOther",
+        "where.Scalar",
+        "bernoulli",
+        "bernoulli.p",
+        "float_power.Tensor_Scalar",
+        "logit",
+        "nan_to_num",
+        "square",
+        "clip",
+        "softsign",
+        "log_sigmoid",
+        "tanhshrink",
+        "hardshrink",
+    ],
 )
 
 

@@ -14,7 +14,7 @@ from kfe_fx.labels.tracker import Dims, Layers, Tracker
 
 @dataclass(frozen=True)
 class Origin:
-    """Where each element of an output comes from: ``owner`` is the input's number (-1: a constant), ``flat`` its index."""
+    """Where each element of an output comes from: ``owner`` is the input (-1: a constant), ``flat`` the index in it."""
 
     owner: np.ndarray
     flat: np.ndarray

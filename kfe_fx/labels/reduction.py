@@ -18,14 +18,51 @@ _SUMS = overloads(aten, "sum.default", "sum.dim_IntList", "mean.default", "mean.
 _NORMS = overloads(aten, "norm.ScalarOpt_dim", "norm.Scalar", "norm.ScalarOpt_dim_dtype")
 _EXTREMES = overloads(
     aten,
-    *(
-        "amax amin max min max.dim min.dim argmax argmin prod prod.dim_int var.dim var.correction std.dim "
-        "std.correction var_mean.correction std_mean.correction var std all.dim any.dim all any median.dim mode "
-        "logsumexp aminmax kthvalue"
-    ).split(),
+    *[
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "max.dim",
+        "min.dim",
+        "argmax",
+        "argmin",
+        "prod",
+        "prod.dim_int",
+        "var.dim",
+        "var.correction",
+        "std.dim",
+        "std.correction",
+        "var_mean.correction",
+        "std_mean.correction",
+        "var",
+        "std",
+        "all.dim",
+        "any.dim",
+        "all",
+        "any",
+        "median.dim",
+        "mode",
+        "logsumexp",
+        "aminmax",
+        "kthvalue",
+    ],
 )
 _SCANS = overloads(
-    aten, *"cumsum cumprod logcumsumexp cummax cummin softmax.int log_softmax.int _softmax sort topk flip".split()
+    aten,
+    *[
+        "cumsum",
+        "cumprod",
+        "logcumsumexp",
+        "cummax",
+        "cummin",
+        "softmax.int",
+        "log_softmax.int",
+        "_softmax",
+        "sort",
+        "topk",
+        "flip",
+    ],
 )
 
 

@@ -51,7 +51,7 @@ class GateSite:
 
 
 def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
-    """Find where labels enter activations: what a contraction's parameter brings, else what no activation input carries."""
+    """Find where labels enter activations: by a contraction's parameter, or where no activation input carries them."""
     mints = []
     for node in graph.nodes:
         value = tracker.values.get(node)

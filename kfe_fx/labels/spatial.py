@@ -22,14 +22,20 @@ def _of_rank(rank: int) -> list[Any]:
             f"_upsample_nearest_exact{rank}d.vec _upsample_nearest_exact{rank}d reflection_pad{rank}d "
             f"replication_pad{rank}d"
         ).split(),
-        *("upsample_linear1d.vec upsample_linear1d".split() if rank == 1 else ()),
+        *(["upsample_linear1d.vec", "upsample_linear1d"] if rank == 1 else ()),
         *(
-            "upsample_bilinear2d.vec upsample_bilinear2d upsample_bicubic2d.vec upsample_bicubic2d "
-            "_upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec".split()
+            [
+                "upsample_bilinear2d.vec",
+                "upsample_bilinear2d",
+                "upsample_bicubic2d.vec",
+                "upsample_bicubic2d",
+                "_upsample_bilinear2d_aa.vec",
+                "_upsample_bicubic2d_aa.vec",
+            ]
             if rank == 2
             else ()
         ),
-        *("upsample_trilinear3d.vec upsample_trilinear3d".split() if rank == 3 else ()),
+        *(["upsample_trilinear3d.vec", "upsample_trilinear3d"] if rank == 3 else ()),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from kfe_fx.labels.unionfind import Reason, UnionFind
 from kfe_fx.program import Program
@@ -86,7 +87,7 @@ class Tracker:
 
     def concrete(self, args: Any) -> Any:
         """Replace integer nodes in arguments by their value at the analysis sizes."""
-        return fx.node.map_arg(args, lambda arg: self.fakes[arg] if not self.is_tensor(arg) else arg)
+        return map_arg(args, lambda arg: self.fakes[arg] if not self.is_tensor(arg) else arg)
 
     def arg(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that may be given by position or by name."""

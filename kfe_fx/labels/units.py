@@ -48,7 +48,7 @@ class UnitTable:
     """Numbers for the classes that are units, and everything told in those numbers."""
 
     def __init__(self, classes: UnionFind, roots: np.ndarray, floors: list[frozenset[int]]) -> None:
-        """Number ``roots`` (representatives of unit classes) in order."""
+        """Give numbers to ``roots`` (representatives of unit classes), in order."""
         self.classes = classes
         self.roots = roots
         self.floors = floors

@@ -212,7 +212,9 @@ class InPlace(nn.Module):
 def test_writes_through_views_become_pure() -> None:
     module = InPlace().double()
     program = capture(module, torch.randn(1, 4, dtype=torch.float64))
-    mutating = [n for n in program.graphs["eval"].nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    mutating = [
+        n for n in program.graphs["eval"].nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)
+    ]
     assert not mutating
     x = torch.randn(5, 4, dtype=torch.float64)
     close(program(x), module(x))

@@ -24,12 +24,16 @@ SHARE = 0.4
 # Four strategies over one grammar, so that workers share the load; together they draw every family.
 PARTS = {
     "all": None,
-    "attention": {name for name in FAMILIES if "attention" in name} | {"layer-norm", "linear", "rms-norm", "mlp", "windows"},
-    "convolution": {name for name in FAMILIES if "conv" in name} | {"batch-norm", "group-norm", "activation", "squeeze-excite"},
+    "attention": {name for name in FAMILIES if "attention" in name}
+    | {"layer-norm", "linear", "rms-norm", "mlp", "windows"},
+    "convolution": {name for name in FAMILIES if "conv" in name}
+    | {"batch-norm", "group-norm", "activation", "squeeze-excite"},
     "movement": {
         name
         for name in FAMILIES
-        if any(word in name for word in ("split", "chunk", "slice", "shuffle", "concat", "roll", "pad", "select", "unbind"))
+        if any(
+            word in name for word in ("split", "chunk", "slice", "shuffle", "concat", "roll", "pad", "select", "unbind")
+        )
     }
     | {"conv-bn-act", "residual", "flatten-linear", "tied-twice", "constant-scale"},
 }
