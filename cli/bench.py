@@ -43,7 +43,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 def command(
     *,
     models: tuple[Path, ...],
-    threads: int | None,
+    threads: int,
     batch: int,
     seconds: float,
     axes: tuple[str, ...],
@@ -64,9 +64,9 @@ def command(
 
     from kfe_fx.runtime.bench import bench
 
-    rows = bench(models, threads=threads or 1, batch=batch, seconds=seconds, axes=sizes, seed=seed)
+    rows = bench(models, threads=threads, batch=batch, seconds=seconds, axes=sizes, seed=seed)
     if as_json:
-        output.show_json({"threads": threads or 1, "batch": batch, "rows": rows})
+        output.show_json({"threads": threads, "batch": batch, "rows": rows})
     else:
         columns = ("file", "MB", "median ms", "10 %", "90 %", "runs", "to the first")
         output.show_table([cells(row) for row in rows], columns, numbers=range(1, len(columns)))

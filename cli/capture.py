@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kfe_fx.cli import options, output, targets
-from kfe_fx.cli.examples import load_examples
+from kfe_fx.cli.examples import fit_inputs, load_examples
 from kfe_fx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,15 +41,16 @@ def capture(factory: str, state: Path | None, inputs: tuple[str, ...], data: Arr
     raise UsageError(f"no example inputs to run the network with: {choices}")
 
 
-def sample(data: ArrayData, count: int, names: Sequence[str]) -> tuple[tuple[Any, ...], Any]:
-    """Take the first examples as (inputs in the order of the network, targets or None)."""
-    chosen = data.first(count)
+def sample(program: Program, data: ArrayData, count: int) -> tuple[tuple[Any, ...], Any]:
+    """Take the first examples as (inputs in the order of the network, targets or None).
+
+    Raises:
+        BadData: the network does not read them.
+    """
+    chosen = fit_inputs(program, data.first(count))
     given = chosen.inputs
     if isinstance(given, dict):
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise UsageError(f"--data has no input {missing[0]!r}; it has {', '.join(given)}")
-        return tuple(given[name] for name in names), chosen.targets
+        return tuple(given[name] for name in program.signature.input_names if name in given), chosen.targets
     return tuple(given), chosen.targets
 
 
@@ -110,7 +110,7 @@ def command(
     program = capture(factory, state, inputs, examples)
     kept = None
     if examples is not None and calibration is not None:
-        kept = sample(examples, calibration, program.signature.input_names)
+        kept = sample(program, examples, calibration)
     kfe_fx.save(program, path=target, calibration=kept)
     if not quiet:
         for note in program.notes:

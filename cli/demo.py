@@ -10,7 +10,7 @@ import click
 from kfe_fx.cli import options, output, prune
 from kfe_fx.errors import BadFile
 
-DATA = "glyphs:10000"
+DATA = "glyphs:8000"
 EPOCHS = 2
 HELD_OUT = "glyphs:held-out"
 

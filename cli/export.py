@@ -9,6 +9,7 @@ import click
 
 from kfe_fx.cli import options, output, targets
 from kfe_fx.cli.examples import load_examples
+from kfe_fx.errors import BadFile, UnsupportedModel
 
 
 @click.command("export")
@@ -59,7 +60,11 @@ def command(
     # written beside the target and proved there; only then does it take its name
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
         report = kfe_fx.export(program, Path(aside) / target.name)
-        proof = verify(program, report.path)
+        try:
+            proof = verify(program, report.path)
+        except BadFile as error:  # it was written a moment ago: what ONNX Runtime refuses is the network
+            reason = str(error).removeprefix(f"{report.path}: ")
+            raise UnsupportedModel(f"{model}: the network has an ONNX form that does not run: {reason}") from error
         files = [target.parent / Path(file).name for file in report.files]
         # the weights first, where they are a file of their own: a graph in place always finds them
         for file in sorted(files, key=lambda file: file == target):

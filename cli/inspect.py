@@ -52,14 +52,17 @@ def describe(program: Any, analysis: Any) -> dict[str, Any]:
             }
             for item in analysis.frozen
         ],
-        "notes": [*program.notes, *analysis.statistics],
+        "notes": [
+            *program.notes,
+            *(f"{norm}: its statistic would run over fewer units" for norm in analysis.statistics),
+        ],
         "lineage": list(program.lineage),
     }
 
 
 def show(facts: dict[str, Any]) -> None:
     """Print the facts as tables."""
-    click.echo(f"{facts['parameters']:,} parameters, {facts['units']:,} units that can be removed")
+    click.echo(f"{facts['parameters']:,} parameters, {facts['units']:,} units that can be removed\n")
     output.show_table(
         (
             (
@@ -73,7 +76,10 @@ def show(facts: dict[str, Any]) -> None:
     )
     if facts["frozen"]:
         rows = ((f"{f['parameter']}[{f['dim']}]", f["count"], f["why"], f["source"]) for f in facts["frozen"])
+        click.echo()
         output.show_table(rows, ("frozen", "indices", "why", "source"), numbers=(1,))
+    if facts["notes"]:
+        click.echo()
     for note in facts["notes"]:
         click.echo(f"note: {note}")
 

@@ -109,9 +109,10 @@ loading = stack(
 data = click.option(
     "--data",
     metavar="DATA",
-    help="Examples to score and fine-tune with: an .npz with x and y, a folder of images with one folder per "
-    "class, file.py:function (which runs it), glyphs:COUNT or digits. Without it the scores are data-free and "
-    "nothing is fine-tuned.",
+    help="Examples to score and fine-tune with: an .npz with arrays x and y, a folder of images with one folder "
+    "per class, file.py:factory (which runs it), glyphs:COUNT or digits. Bytes are never scaled by guess: add "
+    "?scale=255, or ?scale=255&mean=0.5&std=0.2, as in training. Without data, a sample in the program file "
+    "scores, or drawn inputs do, and nothing is fine-tuned.",
 )
 
 # Where the examples only show what the network reads.
@@ -120,7 +121,9 @@ example_data = click.option(
 )
 
 measuring = stack(
-    click.option("--threads", type=COUNT, help="Threads of ONNX Runtime when it is measured. [default: 1]"),
+    click.option(
+        "--threads", type=COUNT, default=1, show_default=True, help="Threads of ONNX Runtime when it is measured."
+    ),
     click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size when it is measured."),
 )
 

@@ -50,7 +50,7 @@ def show_table(
     from rich.text import Text
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         right = index in numbers
         table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")

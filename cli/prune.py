@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kfe_fx.cli import options, output, targets
-from kfe_fx.cli.examples import load_examples
+from kfe_fx.cli.examples import fit_examples, load_examples
 from kfe_fx.errors import InfeasibleBudget
 
 SUFFIXES = (".pruned.onnx", ".pruned.pt", ".pruned.json")
@@ -60,25 +60,36 @@ def run(job: Job) -> None:
     loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
     data, val = load_examples(job.data), load_examples(job.val)
     program = kfe_fx.load(job.model, data=data, **job.loading)
+    data, val = fit_examples(program, data, loss), fit_examples(program, val, loss)
     with output.progress(quiet=job.quiet) as report:
         result = kfe_fx.prune(
             program, data=data, val=val, evaluate=evaluate, loss=loss, progress=report, **job.settings
         )
         paths = result.write(job.folder, job.model.stem, force=job.force)
     show(job, result, paths)
-    if not result.certificate.feasible:
-        raise InfeasibleBudget(
-            f"the budget {job.settings['budget']:g} is out of reach ({result.certificate.binding}); "
-            f"the nearest point, {result.certificate.reached:.3f}, was written"
-        )
+    certificate = result.certificate
+    if not certificate.feasible:
+        reached = f"the nearest point, {certificate.reached:.3f} of the {certificate.metric}, was written"
+        binding = certificate.binding.removeprefix("the budget is out of reach: ")
+        why = f" ({binding})" if binding else ""
+        raise InfeasibleBudget(f"the budget {certificate.budget:g} is out of reach{why}; {reached}")
 
 
 def show(job: Job, result: Any, paths: Any) -> None:
-    """Print the certificate, as a table or as JSON."""
+    """Print the certificate, as a table and its notes, or as JSON."""
+    certificate = result.certificate
     if job.as_json:
-        output.show_json({"model": job.model, "modified": True, "files": paths, **result.certificate.to_json()})
+        output.show_json({"model": job.model, "modified": True, "files": paths, **certificate.to_json()})
     elif not job.quiet:
-        output.show_table(result.certificate.table(), ("", "before", "after"), numbers=(1, 2))
+        click.echo(f"data: {certificate.data['note']}\n")
+        rows = certificate.table()
+        output.show_table([row for row in rows if row[2]], ("", "before", "after"), numbers=(1, 2))
+        click.echo(
+            f"\n{certificate.metric}: {certificate.reached:.3f} of the original; the budget was {certificate.budget:g}"
+        )
+        for what, text, after in rows:
+            if not after:  # a sentence would leave no room for the figures
+                click.echo(f"{what}: {text}")
         for path in paths:
             click.echo(f"wrote {path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,8 +37,12 @@ def require_folder(folder: Path, *, make: bool = False) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise BadFile(f"{parent}: not a folder, so nothing can be written to {folder}; choose another with -o")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise BadFile(f"{parent}: not writable; choose another folder with -o")
+    try:
+        # what the permissions say is not all: a read-only or foreign file system, or root
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise BadFile(f"{parent}: not writable ({error.strerror}); choose another folder with -o") from error
 
 
 def require_free(targets: Iterable[Path], *, sources: Iterable[Path], force: bool) -> None:

@@ -7,6 +7,23 @@ from pathlib import Path
 import click
 
 from kfe_fx.cli import options, output
+from kfe_fx.errors import VerificationFailed
+
+SUFFIX = ".pruned.json"
+
+
+def require_finished(certificate: Path) -> None:
+    """Tell a set that was never finished, or lost its certificate, from a name that is none.
+
+    Raises:
+        VerificationFailed: the certificate is missing and files of its set are there.
+    """
+    if certificate.exists() or not certificate.name.endswith(SUFFIX):
+        return
+    for ending in (".onnx", ".pt"):
+        beside = certificate.with_suffix(ending)
+        if beside.exists():
+            raise VerificationFailed(f"{certificate} is missing, so nothing vouches for {beside}; prune again")
 
 
 @click.command("verify")
@@ -24,6 +41,8 @@ def command(*, certificate: Path, as_json: bool, quiet: bool) -> None:
       kfe-fx verify out/model.pruned.json
       kfe-fx verify out
     """
+    require_finished(certificate)
+
     import kfe_fx
 
     report = kfe_fx.verify(certificate)

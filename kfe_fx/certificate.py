@@ -58,11 +58,12 @@ class Certificate:
             batches = ", ".join(str(batch) for batch in self.parity.get("batches", ()))
             verdict = f"{self.parity['error']:.1e}"
             rows.append(("ONNX = network, relative error", f"batches {batches}" if batches else "", verdict))
-        for text in self.statistics:
-            rows.append(("function changes at", text, ""))
-        for text in self.notes:
-            rows.append(("note", text, ""))
         return rows
+
+    def remarks(self) -> list[str]:
+        """Return what a reader should know beside the table, a line each."""
+        changed = [f"the statistic of {where} runs over what is left: the function changes there" for where in self.statistics]
+        return [*([self.data["note"]] if self.data.get("note") else []), *changed, *self.notes]
 
     def _latency_rows(self) -> list[tuple[str, str, str]]:
         latency = self.measured.get("latency")

@@ -80,6 +80,8 @@ class Plan:
         }:
             wrong = sorted(set(expected) ^ set(self.kept)) or sorted(n for n in expected if expected[n] != self.kept[n])
             raise PlanError(f"the plan does not remove whole units of this network (first at {wrong[0]!r})")
+        if any(floor <= removed for floor in analysis.floors):
+            raise PlanError("the plan leaves nothing of a dim of this network; at least one index of each must stay")
         return frozenset(removed)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,16 +113,16 @@ class Plan:
                 for name, changes in data["kept"].items()
             }
             return cls(kept, tuple(data["actions"]), str(data.get("heads", "auto")), dict(data.get("metadata", {})))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
 
 
 def _gone(analysis: Analysis, name: str, dim: int, indices: list[int]) -> set[int]:
-    layers = analysis.params[name][dim] if dim < len(analysis.params[name]) else ()
-    size = analysis.program.tensor(name).shape[dim] if dim < analysis.program.tensor(name).dim() else 0
-    away = np.setdiff1d(np.arange(size), np.asarray(indices, dtype=np.int64))
-    if not len(layers) or len(away) + len(set(indices)) != size:
+    layers = analysis.params[name][dim] if 0 <= dim < len(analysis.params[name]) else ()
+    size = analysis.program.tensor(name).shape[dim] if len(layers) else 0
+    if not len(layers) or not all(0 <= index < size for index in indices):
         raise PlanError(f"the plan cuts dim {dim} of {name!r}, which cannot be cut so in this network")
+    away = np.setdiff1d(np.arange(size), np.asarray(indices, dtype=np.int64))
     if len(layers) == 1:
         return set(layers[0][away].tolist()) - {-1}
     # two ways to remove an index: a unit goes when all of its indices go

@@ -205,6 +205,10 @@ class Program:
             copy.deepcopy(self._module), self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras)
         )
 
+    def batch_axes(self) -> set[str]:
+        """Return the names of the dynamic axes that count examples: those at dim 0 of an input."""
+        return {dims[0] for dims in self.axes.values() if 0 in dims}
+
     def flat_examples(self) -> list[Any]:
         """Return the example inputs in graph order."""
         return self.signature.flatten(*self.example_inputs)

@@ -6,14 +6,17 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from kfe_fx.errors import PlanError, UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
+from kfe_fx.shapes import propagate
 from kfe_fx.structure import template_of
+
+aten = torch.ops.aten
 
 Target = TypeVar("Target", Program, nn.Module)
 
@@ -58,36 +61,48 @@ def _cut(module: nn.Module, small: Program) -> None:
 
 
 def _follow(module: nn.Module, small: Program) -> None:
-    groups = _groups(small)
+    written = _written(small)
     for path, layer in module.named_modules():
+        for name, value in written.get(path, {}).items():
+            if hasattr(layer, name):
+                setattr(layer, name, value)
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, torch.Tensor):
             continue
         if isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = weight.shape
         elif isinstance(layer, nn.modules.conv._ConvNd):
-            layer.groups = groups.get(f"{path}.weight" if path else "weight", layer.groups)
             wide, narrow = weight.shape[0], weight.shape[1] * layer.groups
             layer.in_channels, layer.out_channels = (wide, narrow) if layer.transposed else (narrow, wide)
-        elif isinstance(layer, nn.modules.batchnorm._NormBase):
-            layer.num_features = len(weight)
-        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-            layer.normalized_shape = tuple(weight.shape)
-        elif isinstance(layer, nn.GroupNorm):
-            layer.num_groups = layer.num_groups * len(weight) // layer.num_channels or 1
-            layer.num_channels = len(weight)
         elif isinstance(layer, nn.Embedding):
             layer.num_embeddings, layer.embedding_dim = weight.shape
 
 
-def _groups(small: Program) -> dict[str, int]:
-    found = {}
+def _written(small: Program) -> dict[str, dict[str, Any]]:
+    """Collect by module path what convolutions and norms write down beside their weights: read from the graph."""
+    fakes = propagate(small, sizes=dict.fromkeys(small.batch_axes(), 2))
+    found: dict[str, dict[str, Any]] = {}
     for node in small.graphs["eval"].nodes:
-        if node.op == "call_function" and str(node.target).startswith("aten.conv"):
-            weight = node.args[1]
-            groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-            for name in small.names_of(str(weight.target)):
-                found[name] = groups
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if "conv" in str(node.target) and "groups" in names:
+            values = {"groups": given.get("groups", 1)}
+        elif node.target in (aten.layer_norm.default, aten.rms_norm.default):
+            values = {"normalized_shape": tuple(given["normalized_shape"])}
+        elif node.target is aten.group_norm.default:
+            values = {"num_groups": given["num_groups"], "num_channels": fakes[given["input"]].shape[1]}
+        elif node.target in (aten.batch_norm.default, aten.instance_norm.default):
+            values = {"num_features": fakes[given["input"]].shape[1]}
+        else:
+            continue
+        weight = given.get("weight")
+        paths = [str(node.meta.get("module", ""))]  # a norm without a weight is known by the module that ran it
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            paths = [name.rpartition(".")[0] for name in small.names_of(str(weight.target))]
+        for path in paths:
+            found[path] = values
     return found
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from kfe_fx.certificate import Certificate
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
-from kfe_fx.passes.rounds import Rounds, Settings
+from kfe_fx.passes.rounds import Rounds, Settings, prove
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.prune_data import arrange
@@ -27,14 +27,13 @@ Progress = Callable[[str, float | None], None]
 class PruneResult:
     """A pruned network with the plan that made it and the certificate that proves it.
 
-    ``program`` is the small network, ``plan.kept`` says what is left of each tensor of the original, ``onnx`` is the
-    model that was proved and measured.
+    ``program`` is the small network, ``plan.kept`` says what is left of each tensor of the original. The ONNX model is
+    made and proved when it is first needed: by a latency budget, or by ``write``.
     """
 
     program: Program
     plan: Plan
     certificate: Certificate
-    onnx: bytes
 
     def module(self) -> ProgramModule:
         """Return the small network as an nn.Module with the original parameter names."""
@@ -45,11 +44,14 @@ class PruneResult:
 
         Raises:
             BadFile: a file is there already (without ``force``) or cannot be written.
+            VerificationFailed: ONNX Runtime computes something else; nothing is written.
+            UnsupportedModel: the network has no ONNX form.
         """
         from kfe_fx.runtime.artifacts import write_set
 
+        onnx = prove(self.program, self.certificate)
         document = {"plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
-        return write_set(self.program, self.onnx, document, Path(directory), stem, force=force)
+        return write_set(self.program, onnx, document, Path(directory), stem, force=force)
 
     def to_json(self) -> str:
         """Return plan and certificate as JSON text."""

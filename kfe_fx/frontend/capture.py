@@ -19,6 +19,7 @@ from kfe_fx.frontend.align import align, same_graph
 from kfe_fx.frontend.inputs import Call, read_axes, read_call, repeated
 from kfe_fx.frontend.translate import axis_names, input_shapes, translate
 from kfe_fx.program import Program, ProgramModule, Signature, put_tensor
+from kfe_fx.shapes import propagate
 from kfe_fx.structure import Constant, pack, template_of
 
 
@@ -39,17 +40,48 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
         raise UsageError(f"capture takes an nn.Module, got {type(module).__name__}")
     call = read_call(module, example_inputs)
     requested = read_axes(call, dynamic_axes)
+    program = _capture(module, call, requested, explicit=dynamic_axes is not None)
+    if program.axes and not _runs_at_other_sizes(program):
+        if dynamic_axes is not None:
+            raise UnsupportedModel(f"the network works at one size of {sorted(program.axes)} only; leave them static")
+        program = _capture(module, call, {}, explicit=False)
+        program.notes = (*program.notes, "the network pins its batch size: captured at the example's shapes")
+    return program
+
+
+def _capture(
+    module: nn.Module, call: Call, requested: dict[str, dict[int, str | None]], *, explicit: bool
+) -> Program:
     notes: list[str] = []
     with _modes_restored(module), _quiet():
         training = _training_flags(module)
         module.eval()
-        exported, axes = _export_dynamic(module, call, requested, notes, explicit=dynamic_axes is not None)
+        exported, axes = _export_dynamic(module, call, requested, notes, explicit=explicit)
         _set_flags(module, training)
         trained = _export_training(module, call, axes, notes)
         module.eval()
         program = _build(module, call, exported, trained, axes, notes)
         _check_same(module, program)
     return program
+
+
+def _runs_at_other_sizes(program: Program) -> bool:
+    """Tell whether the graph takes one more along each dynamic axis, or twice as much.
+
+    Export can record an equation on an axis that has one solution and still call the axis dynamic.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in zip(program.signature.input_names, program.flat_examples(), strict=True):
+        for dim, axis in program.axes.get(name, {}).items():
+            sizes[axis] = max(sizes.get(axis, 2), value.shape[dim])
+    for other in ({axis: size + 1 for axis, size in sizes.items()}, {axis: 2 * size for axis, size in sizes.items()}):
+        try:
+            with _quiet():
+                propagate(program, sizes=other)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            continue
+        return True
+    return False
 
 
 def _check_same(module: nn.Module, program: Program) -> None:
@@ -92,7 +124,8 @@ def _build(
             graphs["train"] = graph
             outputs["train"] = _output_template(trained)
         for where, names, region in (("training", only_train, graph), ("evaluation", only_eval, graphs["eval"])):
-            lines = source.users({n.meta.get("source", "") for n in region.nodes if n.name in set(names)})
+            told = [n for n in region.nodes if n.name in set(names) and not _only_counts(n)]
+            lines = source.users({n.meta.get("source", "") for n in told})
             if lines and "train" in graphs:
                 notes.append(f"runs only in {where}: {', '.join(lines[:8])}")
     signature = Signature(call.names, call.arg_names, len(call.args), call.template, outputs)
@@ -102,6 +135,12 @@ def _build(
     examples = pack(call.template, [leaf.detach().clone() for leaf in call.leaves])
     named = axis_names(exported, call.names, axes)
     return Program(holder, examples, named, (), tuple(notes))
+
+
+def _only_counts(node: fx.Node) -> bool:
+    # num_batches_tracked of every norm moves in training; nobody needs to be told
+    writes = torch.ops.aten.copy_.default
+    return node.target is writes or (bool(node.users) and all(user.target is writes for user in node.users))
 
 
 def _translate_training(

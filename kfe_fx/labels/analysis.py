@@ -112,8 +112,11 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
 
 def analysis_sizes(program: Program) -> dict[str, int]:
     """Return the sizes of the dynamic axes that an analysis runs at."""
-    axes = {axis for dims in program.axes.values() for axis in dims.values()}
-    return {"batch": BATCH} if "batch" in axes else {}
+    sizes: dict[str, int] = {}
+    for name, value in zip(program.signature.input_names, program.flat_examples(), strict=True):
+        for dim, axis in program.axes.get(name, {}).items():
+            sizes[axis] = max(2, value.shape[dim], sizes.get(axis, 0))  # of size 1 a dim would hide what it does
+    return sizes | dict.fromkeys(program.batch_axes(), BATCH)
 
 
 def track(tracker: Tracker, graph: fx.Graph, fakes: dict[Any, Any], sizes: dict[str, int]) -> Tracker:

@@ -20,7 +20,7 @@ class ExampleTracker(Tracker):
     def input(self, node: fx.Node) -> Dims:
         """Label the first dim of an input that has one entry per example."""
         shape = getattr(self.fakes[node], "shape", ())
-        batched = len(shape) > 0 and shape[0] == len(self.examples)
+        batched = 0 in self.program.axes.get(str(node.target), {}) and len(shape) > 0
         return tuple((self.examples,) if batched and dim == 0 else () for dim in range(len(shape)))
 
     def output(self, node: fx.Node) -> None:
@@ -29,6 +29,10 @@ class ExampleTracker(Tracker):
     def parameter(self, name: str, tensor: torch.Tensor) -> Dims:
         """Return no labels: a parameter is the same for all examples."""
         return tuple(() for _ in tensor.shape)
+
+    def counts(self, layer: np.ndarray) -> bool:
+        """Tell whether a layer holds examples; a broadcast or a fill has labels that are none."""
+        return bool(np.isin(self.classes.find(layer), self.classes.find(self.examples)).any())
 
     def layout(self, node: fx.Node) -> tuple[int | None, str | None]:
         """Return the dim of a node that counts the examples and how: see ``GateSite``; (None, None) where none does."""
@@ -65,7 +69,7 @@ def freeze_irregular(tracker: Tracker, examples: ExampleTracker, graph: fx.Graph
         if not isinstance(value, tuple) or not isinstance(folded, tuple):
             continue
         for layers, counted in zip(value, folded, strict=True):
-            if counted:
+            if any(examples.counts(layer) for layer in counted):
                 _freeze_unless_repeated(tracker, node, layers, batch)
 
 

@@ -18,14 +18,16 @@ _FOLLOWED = 14  # operations between a head split and its attention: rotary embe
 
 
 def preferred_axis(tracker: Tracker, node: Any, axes: list[int]) -> int | None:
-    """Return the dim along which a split's units should lie: heads where the split feeds attention, else no preference.
+    """Return the dim along which a split's units should lie where the split feeds attention, else no preference.
 
-    ``tracker.heads`` is "heads", "positions" or "auto" (heads).
+    ``tracker.heads`` is "heads", "positions" or "auto" (heads). A split is (..., heads, positions), as everywhere.
     """
-    if tracker.heads == "positions" or not isinstance(node, fx.Node) or not _feeds_attention(tracker, node):
+    if not isinstance(node, fx.Node) or not _feeds_attention(tracker, node):
         return None
     packed = _packed_dims(node, len(tracker.shape(node)) if tracker.is_tensor(node) else 0)
     open_axes = [axis for axis in axes if axis not in packed] or axes
+    if tracker.heads == "positions":
+        return open_axes[-1]
     return open_axes[-2] if len(open_axes) > 1 else open_axes[0]
 
 

@@ -127,7 +127,10 @@ def _repair(
     left = {axis: _classes_left(pairs[axis], values) for axis in dependent}
     axis = preferred_axis(tracker, node, dependent)
     if axis is None or left[axis] < 2:
-        axis = max(dependent, key=lambda candidate: (left[candidate], candidate))
+        # first an axis along which no unit repeats: channels before the phases of a pixel shuffle along height or width
+        slices = {axis: int((lines[axis] >= 0).sum()) for axis in dependent}
+        rank = lambda each: (left[each] > 1, left[each] == slices[each], left[each], each)  # noqa: E731
+        axis = max(dependent, key=rank)
     tracker.classes.union(*pairs[axis], tracker.reason(node, "splits a dim: what is removed must stay a rectangle"))
     return axis
 

@@ -60,13 +60,14 @@ class UnionFind:
 
     def union(self, first: np.ndarray, second: np.ndarray, reason: Reason | None = None) -> None:
         """Merge the labels pair by pair; ``reason=None`` marks what needs no explanation (kernel positions)."""
-        first, second = np.broadcast_arrays(first, second)
-        roots = self.find(first.ravel()), self.find(second.ravel())
+        first, second = (side.ravel() for side in np.broadcast_arrays(first, second))
+        roots = self.find(first), self.find(second)
         differ = roots[0] != roots[1]
         if not differ.any():
             return
         one, other = roots[0][differ], roots[1][differ]
-        self._edges.append((one, other, reason))
+        # the labels themselves, not their representatives: what meets a frozen label is traced back to what froze it
+        self._edges.append((first[differ], second[differ], reason))
         if len(np.unique(np.concatenate([one, other]))) == 2 * len(one):  # each class in one pair: merge all at once
             low, high = np.minimum(one, other), np.maximum(one, other)
             self._parent[high] = low

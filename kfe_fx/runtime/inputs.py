@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +15,6 @@ from kfe_fx.shapes import sized_examples
 _NO_NUMPY = (torch.bfloat16, torch.complex32)
 
 
-_BATCH = re.compile(r"batch(_\d+)?")
-
-
-def batch_axes(program: Program) -> set[str]:
-    """Return the names of the axes that count examples: ``batch``, ``batch_1``, ..., else the first dynamic dim 0."""
-    names = {axis for dims in program.axes.values() for axis in dims.values() if _BATCH.fullmatch(axis)}
-    first = next((dims[0] for dims in program.axes.values() if 0 in dims), None)
-    return names or ({first} if first else set())
 
 
 def example_sizes(program: Program) -> dict[str, int]:
@@ -62,7 +53,7 @@ def resolve_sizes(program: Program, batch: int | None, sizes: Mapping[str, int] 
     result = example_sizes(program)
     asked = dict(sizes or {})
     if batch is not None:
-        counting = batch_axes(program)
+        counting = program.batch_axes()
         asked = dict.fromkeys(counting, batch) | asked
         if not counting and any(value.dim() and value.shape[0] != batch for value in program.flat_examples()):
             raise UsageError(

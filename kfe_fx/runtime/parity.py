@@ -14,7 +14,7 @@ import torch
 
 from kfe_fx.errors import UsageError, VerificationFailed
 from kfe_fx.program import Program, copy_graph
-from kfe_fx.runtime.inputs import batch_axes, draw_inputs, example_sizes, resolve_sizes, to_feeds
+from kfe_fx.runtime.inputs import draw_inputs, example_sizes, resolve_sizes, to_feeds
 from kfe_fx.runtime.lower import drop_buffer_writes, first_line
 from kfe_fx.runtime.onnx_file import named_outputs
 from kfe_fx.runtime.session import make_session, run
@@ -202,14 +202,14 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _sizes(program: Program, batches: Sequence[int]) -> list[dict[str, int]]:
-    if not batch_axes(program):
+    if not program.batch_axes():
         return [example_sizes(program)]
     return [resolve_sizes(program, batch, None) for batch in dict.fromkeys(batches)]
 
 
 def _varied(program: Program, sizes: dict[str, int], batches: Sequence[int], turn: int) -> dict[str, int]:
     """Return ``sizes`` with unequal batch axes, and with every other axis moved by one from the second turn on."""
-    counting = sorted(batch_axes(program))
+    counting = sorted(program.batch_axes())
     unequal = {axis: batches[(turn + place) % len(batches)] for place, axis in enumerate(counting)}
     step = (0, -1, 1)[turn % 3]
     others = {axis: max(1, size + step) for axis, size in sizes.items() if axis not in counting}

@@ -7,7 +7,7 @@ from torch import nn
 
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
-from kfe_fx.runtime.inputs import batch_axes, draw_inputs, feeds, resolve_sizes
+from kfe_fx.runtime.inputs import draw_inputs, feeds, resolve_sizes
 
 
 class Five(nn.Module):
@@ -56,7 +56,7 @@ def test_feeds_are_arrays_by_name(program):
 
 
 def test_sizes(program):
-    assert batch_axes(program) == {"batch", "batch_1"}
+    assert program.batch_axes() == {"batch", "batch_1"}
     assert resolve_sizes(program, 4, {"batch_1": 6}) == {"batch": 4, "batch_1": 6}
     with pytest.raises(UsageError, match="no dynamic axis is called 'time'"):
         resolve_sizes(program, None, {"time": 3})
