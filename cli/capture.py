@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kfe_fx.cli import options, output, targets
-from kfe_fx.cli.examples import fit_inputs, load_examples
+from kfe_fx.cli.examples import load_examples
 from kfe_fx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def sample(program: Program, data: ArrayData, count: int) -> tuple[tuple[Any, ..
     Raises:
         BadData: the network does not read them.
     """
+    from kfe_fx.training.fit import fit_inputs
+
     chosen = fit_inputs(program, data.first(count))
     given = chosen.inputs
     if isinstance(given, dict):

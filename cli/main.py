@@ -171,6 +171,10 @@ def run(args: list[str] | None = None) -> int:
             traceback.print_exc()
         reason = os.strerror(error.errno) if error.errno else str(error)
         return report(f"{error.filename}: {reason}" if error.filename else reason, USAGE_EXIT)
+    except MemoryError as error:
+        if state.traceback:
+            traceback.print_exc()
+        return report(f"out of memory ({error or 'no more told'}); give fewer examples or a smaller batch", USAGE_EXIT)
     except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line instead of a traceback
         if state.traceback:
             traceback.print_exc()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kfe_fx.cli import options, output, targets
-from kfe_fx.cli.examples import fit_examples, load_examples
+from kfe_fx.cli.examples import load_examples
 from kfe_fx.errors import InfeasibleBudget
 
 SUFFIXES = (".pruned.onnx", ".pruned.pt", ".pruned.json")
@@ -60,7 +60,6 @@ def run(job: Job) -> None:
     loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
     data, val = load_examples(job.data), load_examples(job.val)
     program = kfe_fx.load(job.model, data=data, **job.loading)
-    data, val = fit_examples(program, data, loss), fit_examples(program, val, loss)
     with output.progress(quiet=job.quiet) as report:
         result = kfe_fx.prune(
             program, data=data, val=val, evaluate=evaluate, loss=loss, progress=report, **job.settings
@@ -82,14 +81,12 @@ def show(job: Job, result: Any, paths: Any) -> None:
         output.show_json({"model": job.model, "modified": True, "files": paths, **certificate.to_json()})
     elif not job.quiet:
         click.echo(f"data: {certificate.data['note']}\n")
-        rows = certificate.table()
-        output.show_table([row for row in rows if row[2]], ("", "before", "after"), numbers=(1, 2))
+        output.show_table(certificate.table(), ("", "before", "after"), numbers=(1, 2))
         click.echo(
             f"\n{certificate.metric}: {certificate.reached:.3f} of the original; the budget was {certificate.budget:g}"
         )
-        for what, text, after in rows:
-            if not after:  # a sentence would leave no room for the figures
-                click.echo(f"{what}: {text}")
+        for text in certificate.remarks():
+            click.echo(f"note: {text}")
         for path in paths:
             click.echo(f"wrote {path}")
 

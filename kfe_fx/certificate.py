@@ -62,8 +62,10 @@ class Certificate:
 
     def remarks(self) -> list[str]:
         """Return what a reader should know beside the table, a line each."""
-        changed = [f"the statistic of {where} runs over what is left: the function changes there" for where in self.statistics]
-        return [*([self.data["note"]] if self.data.get("note") else []), *changed, *self.notes]
+        changed = (
+            f"the function changes at {where}: its statistic runs over what is left" for where in self.statistics
+        )
+        return [*changed, *self.notes]
 
     def _latency_rows(self) -> list[tuple[str, str, str]]:
         latency = self.measured.get("latency")

@@ -12,11 +12,14 @@ from typing import Any
 from torch import nn
 
 from kfe_fx.certificate import Certificate
+from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.passes.rounds import Rounds, Settings, prove
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
+from kfe_fx.training.fit import fit_examples
+from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.prune_data import arrange
 
 METRICS = ("latency", "macs", "params", "memory", "widths")
@@ -118,14 +121,20 @@ def prune(
         UnsupportedModel: the network cannot be captured, has nothing to remove, or has no ONNX form.
         VerificationFailed: the result does not compute what the masked original computes.
     """
-    _check(budget, metric, heads, threads, batch, batch_size, rounds, epochs)
+    _check(budget, metric, heads, threads, batch, batch_size, rounds, epochs, lr)
     program = _program(program_or_module, example_inputs)
     settings = Settings(
         budget, metric, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads,
         batch, tuple(keep), heads, seed,
     )  # fmt: skip
+    if budget < 1:
+        data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
     arranged = arrange(data, val, program.extras.get("calibration"), seed=seed)
     return PruneResult(*Rounds(program, settings, arranged, progress).run())
+
+
+def _fitting(program: Program, data: Any, loss: Any, name: str) -> Any:
+    return None if data is None else fit_examples(program, from_python(data, name), resolve_loss(loss, None))
 
 
 def _program(program_or_module: Program | nn.Module, example_inputs: Any) -> Program:
@@ -141,7 +150,7 @@ def _program(program_or_module: Program | nn.Module, example_inputs: Any) -> Pro
 
 
 def _check(
-    budget: float, metric: str, heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any
+    budget: float, metric: str, heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any, lr: Any
 ) -> None:
     if (
         not isinstance(budget, int | float)
@@ -154,6 +163,8 @@ def _check(
         raise UsageError(f"there is no metric {metric!r}; choose one of {', '.join(METRICS)}")
     if heads not in ("auto", "heads", "positions"):
         raise UsageError(f"heads is auto, heads or positions, got {heads!r}")
+    if lr is not None and (not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0):
+        raise UsageError(f"lr is a number above 0, got {lr!r}")
     for name, value, least in (
         ("threads", threads, 1), ("batch", batch, 1), ("batch_size", batch_size, 1), ("rounds", rounds, 1),
         ("epochs", epochs, 0),

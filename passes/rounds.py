@@ -110,7 +110,7 @@ def prove(program: Program, certificate: Certificate) -> bytes:
     model = onnx_bytes(program)
     report = parity(program, model, seed=certificate.seed)
     certificate.parity = report.to_json()
-    certificate.parity["batches"] = [size["batch"] for size in report.sizes if "batch" in size]
+    certificate.parity["batches"] = [size[axis] for size in report.sizes for axis in sorted(program.batch_axes())[:1]]
     if not report.ok:
         raise VerificationFailed(
             f"ONNX Runtime differs from the network by {report.error:.1e} of the output (allowed "
@@ -142,7 +142,7 @@ class Rounds:
         self.progress = progress or (lambda stage, done=None: None)
         self.progress("reading the graph", None)
         self.analysis = analyze(program, heads=settings.heads)
-        if not self.analysis.units:
+        if not self.analysis.units and settings.budget < 1:
             raise UnsupportedModel(
                 "nothing can be removed from this network; `kfe-fx inspect` says what is frozen and why"
             )
@@ -234,6 +234,17 @@ class Rounds:
             )
         return replace(selection, removed=selection.removed | self.removed)
 
+    def _solve(self, scores: np.ndarray, target: float) -> Selection:
+        """Select in multiples of the block; where layers are too narrow for it, and nobody asked for it, of less."""
+        settings, block = self.settings, self._block()
+        while True:
+            selection = select_budget(
+                self.model, scores, self._cost(), target, multiple_of=block, keep=settings.keep, gone=self.removed
+            )
+            if selection.feasible or block == 1 or settings.multiple_of is not None:
+                return selection
+            block //= 2
+
     def _cost(self) -> Any:
         model, metric = self.model, self.settings.metric
         if metric == "latency":
@@ -269,7 +280,7 @@ class Rounds:
         )
         self._last_selection = result.selection
         self.certificate.feasible = result.feasible
-        self.certificate.binding = "" if result.within else result.reason
+        self.certificate.binding = "" if result.within else result.reason.removeprefix("the budget is out of reach: ")
         self.certificate.measured["turns"] = [
             {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured}
             for turn in result.turns

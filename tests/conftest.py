@@ -21,10 +21,11 @@ settings.register_profile("thorough", max_examples=3000, **_common)
 settings.load_profile("thorough" if THOROUGH else "default")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what takes minutes to `make test-all`."""
     if THOROUGH:
         return
-    skip = pytest.mark.skip(reason="takes minutes: set KFE_FX_THOROUGH=1, or make test-all")
-    for item in items:
-        if item.get_closest_marker("thorough"):
-            item.add_marker(skip)
+    slow = [item for item in items if item.get_closest_marker("thorough")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]

@@ -46,7 +46,11 @@ STREAM = {
     "scale": [(0, [0, 2, 3])],
     "head.0.weight": [(1, [0, 2, 3])],
 }
-HIDDEN = {"head.0.weight": [(0, [1, 2, 3, 4])], "head.0.bias": [(0, [1, 2, 3, 4])], "head.2.weight": [(1, [1, 2, 3, 4])]}
+HIDDEN = {
+    "head.0.weight": [(0, [1, 2, 3, 4])],
+    "head.0.bias": [(0, [1, 2, 3, 4])],
+    "head.2.weight": [(1, [1, 2, 3, 4])],
+}
 
 
 def units_of(analysis: Analysis, name: str, *indices: int) -> set[int]:

@@ -6,7 +6,7 @@ from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfe_fx.errors import UsageError
@@ -23,14 +23,17 @@ def is_leaf(item: Any) -> bool:
 
 nested = st.recursive(
     st.builds(Leaf) | st.none() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @given(value=nested)
+@settings(max_examples=60)
 def test_packing_undoes_splitting(value: Any) -> None:
     template, leaves = template_of(value, is_leaf)
     assert all(is_leaf(each) for each in leaves)

@@ -49,9 +49,7 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
     return program
 
 
-def _capture(
-    module: nn.Module, call: Call, requested: dict[str, dict[int, str | None]], *, explicit: bool
-) -> Program:
+def _capture(module: nn.Module, call: Call, requested: dict[str, dict[int, str | None]], *, explicit: bool) -> Program:
     notes: list[str] = []
     with _modes_restored(module), _quiet():
         training = _training_flags(module)

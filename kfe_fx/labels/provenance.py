@@ -71,29 +71,44 @@ def spread(
 def _place(
     tracker: Tracker, node: Any, origin: Origin, region: np.ndarray, shape: tuple[int, ...], dim: int, layer: np.ndarray
 ) -> tuple[int, np.ndarray] | None:
+    """Find the output dim that a layer lies along, and its labels there (-1 outside of ``region``)."""
     roots = tracker.classes.find(layer)
     if not roots.any():
         return None
     stride = int(np.prod(shape[dim + 1 :]))
-    where = (origin.flat // stride) % shape[dim]
-    spreadout = np.where(region, roots[where], -1)
-    axes = [axis for axis in range(region.ndim) if region.shape[axis] > 1]
-    lines = {axis: _along(spreadout, axis) for axis in axes}
-    regular = [axis for axis in axes if _is_function_of(spreadout, lines[axis], axis)]
-    if not regular:
-        axis = _repair(tracker, node, spreadout, lines, axes)
-        if axis is None:
-            tracker.freeze((layer,), node, "spreads its units so that no dim can be cut")
-            return None
-        return axis, _along(np.where(region, tracker.classes.find(np.maximum(spreadout, 0)), -1), axis)
-    varying = [axis for axis in regular if len(np.unique(lines[axis][lines[axis] >= 0])) > 1]
-    if varying:
-        return varying[0], lines[varying[0]]
-    whole = [axis for axis in regular if _covers_slices(origin, region, axis)]
+    placed = np.where(region, roots[(origin.flat // stride) % shape[dim]], -1)
+    small, dependent = _compressed(placed)
+    if not dependent:
+        return _single(tracker, node, origin, region, placed, layer)
+    for axis in dependent:
+        if _is_function_of(small, axis):
+            return axis, _along(placed, axis)
+    axis = _repair(tracker, node, small, dependent)
+    return axis, _along(np.where(region, tracker.classes.find(np.maximum(placed, 0)), -1), axis)
+
+
+def _compressed(placed: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Drop what does not matter: dims along which labels do not change become size 1; return the other dims too."""
+    dependent = []
+    for axis in range(placed.ndim):
+        if placed.shape[axis] > 1:
+            line = placed.max(axis=axis, keepdims=True)
+            if bool(((placed == line) | (placed < 0)).all()):
+                placed = line
+            else:
+                dependent.append(axis)
+    return placed, dependent
+
+
+def _single(
+    tracker: Tracker, node: Any, origin: Origin, region: np.ndarray, placed: np.ndarray, layer: np.ndarray
+) -> tuple[int, np.ndarray] | None:
+    """Place a layer of one label: along the dim whose slices it fills, as one channel in a concatenation does."""
+    whole = [axis for axis in range(region.ndim) if region.shape[axis] > 1 and _covers_slices(origin, region, axis)]
     if len(whole) != 1:
         tracker.freeze((layer,), node, "a single unit is all of this tensor")
         return None
-    return whole[0], lines[whole[0]]
+    return whole[0], _along(placed, whole[0])
 
 
 def _along(values: np.ndarray, axis: int) -> np.ndarray:
@@ -101,9 +116,12 @@ def _along(values: np.ndarray, axis: int) -> np.ndarray:
     return values.max(axis=others)
 
 
-def _is_function_of(values: np.ndarray, line: np.ndarray, axis: int) -> bool:
-    shaped = line.reshape([-1 if other == axis else 1 for other in range(values.ndim)])
-    return bool(((values == shaped) | (values < 0)).all())
+def _spanned(line: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    return line.reshape([-1 if other == axis else 1 for other in range(rank)])
+
+
+def _is_function_of(values: np.ndarray, axis: int) -> bool:
+    return bool(((values == _spanned(_along(values, axis), axis, values.ndim)) | (values < 0)).all())
 
 
 def _covers_slices(origin: Origin, region: np.ndarray, axis: int) -> bool:
@@ -114,36 +132,23 @@ def _covers_slices(origin: Origin, region: np.ndarray, axis: int) -> bool:
     return not (touched & foreign).any() and not touched.all()
 
 
-def _repair(
-    tracker: Tracker, node: Any, values: np.ndarray, lines: dict[int, np.ndarray], axes: list[int]
-) -> int | None:
+def _repair(tracker: Tracker, node: Any, values: np.ndarray, dependent: list[int]) -> int:
     """Merge labels so that they become a function of one dim; return that dim."""
     from kfe_fx.labels.heads import preferred_axis
 
-    dependent = [axis for axis in axes if not _constant_along(values, axis)]
-    if not dependent:
-        return None
-    pairs = {axis: _pairs(values, lines[axis], axis) for axis in dependent}
+    pairs = {axis: _pairs(values, axis) for axis in dependent}
     left = {axis: _classes_left(pairs[axis], values) for axis in dependent}
     axis = preferred_axis(tracker, node, dependent)
     if axis is None or left[axis] < 2:
-        # first an axis along which no unit repeats: channels before the phases of a pixel shuffle along height or width
-        slices = {axis: int((lines[axis] >= 0).sum()) for axis in dependent}
-        rank = lambda each: (left[each] > 1, left[each] == slices[each], left[each], each)  # noqa: E731
-        axis = max(dependent, key=rank)
+        axis = max(dependent, key=lambda candidate: (left[candidate], candidate))
     tracker.classes.union(*pairs[axis], tracker.reason(node, "splits a dim: what is removed must stay a rectangle"))
     return axis
 
 
-def _constant_along(values: np.ndarray, axis: int) -> bool:
-    first = np.take(values, [0], axis)
-    return bool(((values == first) | (values < 0) | (first < 0)).all())
-
-
-def _pairs(values: np.ndarray, line: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    shaped = np.broadcast_to(line.reshape([-1 if other == axis else 1 for other in range(values.ndim)]), values.shape)
+def _pairs(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    line = np.broadcast_to(_spanned(_along(values, axis), axis, values.ndim), values.shape)
     inside = values >= 0
-    pairs = np.unique(np.stack([values[inside], shaped[inside]]), axis=1)
+    pairs = np.unique(np.stack([values[inside], line[inside]]), axis=1)
     return pairs[0], pairs[1]
 
 

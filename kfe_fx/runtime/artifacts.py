@@ -43,13 +43,19 @@ def write_set(
             certificate.unlink()
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written ({error.strerror or error}); choose another place") from error
-    with replacing(model) as handle:
-        handle.write(onnx)
-    save(program, path=checkpoint)
-    files = {path.name: _sha256(path) for path in (model, checkpoint)}
-    text = json.dumps({"format": FORMAT, "version": VERSION, "files": files, **document}, indent=1, sort_keys=True)
-    with replacing(certificate) as handle:
-        handle.write(text.encode() + b"\n")
+    fresh = [path for path in paths if not path.exists()]
+    try:
+        with replacing(model) as handle:
+            handle.write(onnx)
+        save(program, path=checkpoint)
+        files = {path.name: _sha256(path) for path in (model, checkpoint)}
+        text = json.dumps({"format": FORMAT, "version": VERSION, "files": files, **document}, indent=1, sort_keys=True)
+        with replacing(certificate) as handle:
+            handle.write(text.encode() + b"\n")
+    except BaseException:
+        for path in fresh:  # half a set helps nobody
+            path.unlink(missing_ok=True)
+        raise
     return paths
 
 

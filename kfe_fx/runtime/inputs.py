@@ -15,8 +15,6 @@ from kfe_fx.shapes import sized_examples
 _NO_NUMPY = (torch.bfloat16, torch.complex32)
 
 
-
-
 def example_sizes(program: Program) -> dict[str, int]:
     """Return the size that each named axis has in the example inputs."""
     sizes: dict[str, int] = {}

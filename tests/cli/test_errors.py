@@ -172,6 +172,7 @@ def test_output_equal_to_the_data(model: Path, capsys: pytest.CaptureFixture[str
         (errors.BadData("two\nlines"), 6),
         (errors.MissingDependency("x"), 7),
         (OSError(errno.ENOSPC, "x", "file"), 2),
+        (MemoryError("x"), 2),
         (ZeroDivisionError("x"), 1),
     ],
 )

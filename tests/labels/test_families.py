@@ -268,7 +268,8 @@ def test_a_statistic_over_units_is_named(norm: nn.Module, affine: tuple[str, ...
     assert_units(
         analysis,
         *[
-            {"0.weight": {0: (i,)}, "0.bias": {0: (i,)}, "2.weight": {1: (i,)}} | {f"1.{name}": {0: (i,)} for name in affine}
+            {"0.weight": {0: (i,)}, "0.bias": {0: (i,)}, "2.weight": {1: (i,)}}
+            | {f"1.{name}": {0: (i,)} for name in affine}
             for i in (0, 1, 2)
         ],
     )
@@ -449,7 +450,8 @@ class Rotary(nn.Module):
 
 def test_rotary_attention_loses_whole_heads() -> None:
     expected: list[Slices] = [
-        {f"{name}.{kind}": {0: head} for name in ("q", "k", "v") for kind in ("weight", "bias")} | {"out.weight": {1: head}}
+        {f"{name}.{kind}": {0: head} for name in ("q", "k", "v") for kind in ("weight", "bias")}
+        | {"out.weight": {1: head}}
         for head in ((0, 1, 2, 3), (4, 5, 6, 7))
     ]
     assert_units(analysed(Rotary(), 2, 5, 3), *expected)

@@ -122,9 +122,7 @@ def test_stacking_with_a_raw_input_freezes_what_would_cut_it() -> None:
 def test_stacked_parts_join() -> None:
     at = tracker()
     one, other = at.classes.fresh(2), at.classes.fresh(2)
-    found = moved(
-        at, lambda a, b: torch.stack([a, b], 1), ((2, 2), ((), (one,))), ((2, 2), ((), (other,)))
-    )
+    found = moved(at, lambda a, b: torch.stack([a, b], 1), ((2, 2), ((), (one,))), ((2, 2), ((), (other,))))
     assert lines(at, found) == [[], [], [[1, 2]]]
     assert at.classes.find(other).tolist() == [1, 2]
 

@@ -132,7 +132,12 @@ def test_a_group_norm_that_loses_positions_keeps_its_groups() -> None:
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False), nn.RMSNorm(6), nn.RMSNorm(6, elementwise_affine=False)],
+    [
+        nn.LayerNorm(6),
+        nn.LayerNorm(6, elementwise_affine=False),
+        nn.RMSNorm(6),
+        nn.RMSNorm(6, elementwise_affine=False),
+    ],
 )
 def test_norms_over_features(norm: nn.Module) -> None:
     small, _ = surgery(nn.Sequential(nn.Linear(3, 6), norm, nn.Linear(6, 2)), torch.randn(2, 3, dtype=torch.float64))
