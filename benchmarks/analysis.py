@@ -34,8 +34,9 @@ class Bottleneck(nn.Module):
             nn.Conv2d(width, out, 1, bias=False),
             nn.BatchNorm2d(out),
         )
-        projects = stride != 1 or inputs != out
-        self.skip = nn.Sequential(nn.Conv2d(inputs, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if projects else None
+        self.skip = None
+        if stride != 1 or inputs != out:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add the block to its input."""
@@ -44,7 +45,8 @@ class Bottleneck(nn.Module):
 
 def resnet50() -> nn.Module:
     """Build ResNet-50."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)]
+    layers += [nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     inputs = 64
     for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for index in range(count):
@@ -102,7 +104,7 @@ def main() -> None:
         best = min(_analysis_seconds(program) for _ in range(3))
         units = len(kfe_fx.analyze(program).units)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{name}: capture {captured:.1f} s, analysis {best:.2f} s CPU, {units:,} units, peak {peak:.2f} GiB")  # noqa: T201
+        print(f"{name}: capture {captured:.1f} s, analysis {best:.2f} s CPU, {units:,} units, peak {peak:.2f} GiB")
 
 
 def _analysis_seconds(program: kfe_fx.Program) -> float:

@@ -15,7 +15,8 @@ from kfe_fx.certificate import Certificate
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
-from kfe_fx.passes.rounds import Rounds, Settings, prove
+from kfe_fx.passes.proof import prove
+from kfe_fx.passes.rounds import Rounds, Settings
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples

@@ -18,22 +18,20 @@ from kfe_fx.cost.schedule import exponential_schedule
 from kfe_fx.cost.solver import Selection, select_budget, select_widths
 from kfe_fx.criteria.base import ScoreContext, score
 from kfe_fx.embedding import embed, lift_scores, relative
-from kfe_fx.errors import PlanError, UnsupportedModel, VerificationFailed
+from kfe_fx.errors import PlanError, UnsupportedModel
 from kfe_fx.labels.analysis import Analysis, analyze
-from kfe_fx.labels.oracle import run_masked
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
+from kfe_fx.passes.proof import check_masked, prove
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 from kfe_fx.runtime.block import probe_block
-from kfe_fx.runtime.inputs import draw_inputs, feeds
+from kfe_fx.runtime.inputs import feeds
 from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import onnx_bytes
-from kfe_fx.runtime.parity import compare_output, parity
 from kfe_fx.runtime.session import make_session
 from kfe_fx.runtime.template import Template
-from kfe_fx.structure import pack
 from kfe_fx.training.finetune import default_epochs, finetune
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
@@ -44,8 +42,6 @@ BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
 TOLERANCE = 0.05  # of a measured budget
 FINAL_SECONDS = 3.0
 TURN_SECONDS = 1.0
-MASKED_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-MASKED_BATCHES = (1, 2, 3)
 STATISTICS_EXAMPLES = 2048
 
 
@@ -69,56 +65,6 @@ class Settings:
     keep: tuple[str, ...]
     heads: str
     seed: int
-
-
-def masked_error(analysis: Analysis, shrunk: Program, removed: frozenset[int], seed: int) -> tuple[float, float]:
-    """Compare a shrunk network with the masked original on drawn inputs of several batch sizes.
-
-    Returns:
-        The largest difference relative to an output's rms or spread, and what rounding allows in its precision.
-    """
-    program = analysis.program
-    pairs = []
-    with torch.no_grad():
-        for turn, batch in enumerate(MASKED_BATCHES if program.batch_axes() else (None,)):
-            flat = draw_inputs(program, batch, seed + turn)
-            pairs.append((run_masked(analysis, removed, flat), shrunk.module().run_flat(flat)))
-    error, allowed = 0.0, MASKED_TOLERANCE[torch.float64]
-    for place, value in enumerate(pairs[0][0]):
-        if isinstance(value, torch.Tensor):
-            values = [(masked[place].numpy(), small[place].numpy()) for masked, small in pairs]
-            error = max(error, compare_output(str(place), values).error)
-            allowed = max(allowed, MASKED_TOLERANCE.get(value.dtype, 1e-2) if value.is_floating_point() else 0.0)
-    return error, allowed
-
-
-def _double(program: Program) -> Program:
-    twin = program.copy()
-    twin.module().double()
-    flat = [value.double() if value.is_floating_point() else value for value in program.flat_examples()]
-    twin.example_inputs = pack(program.signature.inputs, flat)
-    return twin
-
-
-def prove(program: Program, certificate: Certificate) -> bytes:
-    """Export a Program, compare the ONNX model with it, and write the outcome into the certificate.
-
-    Raises:
-        VerificationFailed: ONNX Runtime computes something else.
-        UnsupportedModel: the network has no ONNX form, or ONNX Runtime cannot run it.
-    """
-    model = onnx_bytes(program)
-    report = parity(program, model, seed=certificate.seed)
-    certificate.parity = report.to_json()
-    certificate.parity["batches"] = [size[axis] for size in report.sizes for axis in sorted(program.batch_axes())[:1]]
-    if not report.ok:
-        raise VerificationFailed(
-            f"ONNX Runtime differs from the network by {report.error:.1e} of the output (allowed "
-            f"{report.tolerance:.0e}); nothing is written"
-        )
-    untested = [f"the output {name} does not vary over the probes: it is untested" for name in report.untested]
-    certificate.notes += [note for note in untested if note not in certificate.notes]
-    return model
 
 
 class Rounds:
@@ -223,15 +169,7 @@ class Rounds:
         if settings.metric == "widths":
             selection = select_widths(self.analysis, scores, target)
         else:
-            selection = select_budget(
-                self.model,
-                scores,
-                self._cost(),
-                target,
-                multiple_of=self._block(),
-                keep=settings.keep,
-                gone=self.removed,
-            )
+            selection = self._solve(scores, target)
         return replace(selection, removed=selection.removed | self.removed)
 
     def _solve(self, scores: np.ndarray, target: float) -> Selection:
@@ -294,7 +232,7 @@ class Rounds:
         full = embed(self.original, self.small, self.plan.kept)
         plan = Plan.of_units(self.analysis, selection.removed, scores, settings.heads)
         shrunk = Shrink(plan).run(full).program
-        error = self._masked_error(full, shrunk, selection.removed)
+        error = check_masked(replace(self.analysis, program=full), shrunk, selection.removed, settings.seed)
         step = Plan(relative(self.plan.kept, plan.kept), heads=settings.heads)
         before = self.small
         folded = self._repair(shrunk, step, small_analysis)
@@ -314,24 +252,6 @@ class Rounds:
             self.certificate.feasible = False
             self.certificate.binding = selection.binding
         self.removed, self.plan = selection.removed, plan
-
-    def _masked_error(self, full: Program, shrunk: Program, removed: frozenset[int]) -> float:
-        """Return the largest difference to the masked original, relative to an output's rms or spread.
-
-        Raises:
-            VerificationFailed: it is more than rounding.
-        """
-        analysis = replace(self.analysis, program=full)
-        error, allowed = masked_error(analysis, shrunk, removed, self.settings.seed)
-        if not error <= allowed:  # rounding of a deep network, or an error? In float64 rounding is gone
-            wide = replace(analysis, program=_double(full))
-            error, allowed = masked_error(wide, _double(shrunk), removed, self.settings.seed)
-        if not error <= allowed:
-            raise VerificationFailed(
-                f"the shrunk network differs from the masked original by {error:.1e} of the output (allowed "
-                f"{allowed:.0e}); nothing is written; please report this network"
-            )
-        return error
 
     def _repair(self, shrunk: Program, step: Plan, small_analysis: Analysis) -> dict[str, Any]:
         facts: dict[str, Any] = {}

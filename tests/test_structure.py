@@ -49,7 +49,7 @@ def test_leaves_are_numbered_in_order_and_the_rest_stays() -> None:
     assert pack(template, "xyz") == (("x", ["y"]), {"k": "z", "n": None}, 0.5)
 
 
-Pair = namedtuple("Pair", "first second")  # noqa: PYI024  (what libraries return)
+Pair = namedtuple("Pair", "first second")
 
 
 def test_mappings_become_dicts_and_named_tuples_tuples() -> None:

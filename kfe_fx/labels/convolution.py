@@ -24,25 +24,29 @@ WHOLE, POSITIONS = "whole groups", "positions in groups"
 _GROUPS = 6  # the place of the argument in both kinds
 
 
-def _groups(node: fx.Node) -> int:
+def _groups(node: fx.Node) -> int | None:
+    """Return the number of groups, or None where it depends on the batch (weights made for each example)."""
     groups = node.args[_GROUPS] if len(node.args) > _GROUPS else node.kwargs.get("groups", 1)
-    return int(groups)  # type: ignore[arg-type]
+    return groups if isinstance(groups, int) else None
 
 
 @rule(*_CONVS)
-def convolution(tracker: Tracker, node: fx.Node) -> Dims:
+def convolution(tracker: Tracker, node: fx.Node) -> Dims | None:
     """Trace y[o] = sum_i w[o, i] * x[i] + b[o]; with groups, see ``_grouped``."""
     return _convolve(tracker, node, out_dim=0)
 
 
 @rule(*_TRANSPOSED)
-def transposed(tracker: Tracker, node: fx.Node) -> Dims:
+def transposed(tracker: Tracker, node: fx.Node) -> Dims | None:
     """Trace a transposed convolution: the weight is [in, out / groups, k...]."""
     return _convolve(tracker, node, out_dim=1)
 
 
-def _convolve(tracker: Tracker, node: fx.Node, out_dim: int) -> Dims:
+def _convolve(tracker: Tracker, node: fx.Node, out_dim: int) -> Dims | None:
     inputs, weight = node.args[:2]
+    groups = _groups(node)
+    if groups is None:
+        return None
     bias = tracker.arg(node, 2, "bias")
     dims, kernel = tracker.dims(inputs), tracker.dims(weight)
     channel = len(dims) - (len(kernel) - 1)
@@ -50,7 +54,6 @@ def _convolve(tracker: Tracker, node: fx.Node, out_dim: int) -> Dims:
         tracker.freeze(layers, None)
     for layers in dims[channel + 1 :]:
         tracker.freeze(layers, node, "is convolved over")
-    groups = _groups(node)
     source = dims[channel]
     if groups == 1:
         into = kernel[1 - out_dim]
@@ -132,7 +135,7 @@ def _tiled(tracker: Tracker, node: fx.Node, layers: Layers, groups: int, width: 
 def new_groups(moved: Relocation, node: fx.Node) -> None:
     """Lower the number of groups when whole groups went."""
     groups = _groups(node)
-    if groups == 1 or moved.tracker.decisions.get(node.name) != WHOLE:
+    if groups is None or groups == 1 or moved.tracker.decisions.get(node.name) != WHOLE:
         return
     inputs, weight = node.args[:2]
     channel = len(moved.tracker.shape(inputs)) - (len(moved.tracker.shape(weight)) - 1)

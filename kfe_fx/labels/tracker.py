@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from kfe_fx.labels.unionfind import Reason, UnionFind
+from kfe_fx.labels.unionfind import FROZEN, Reason, UnionFind
 from kfe_fx.program import Program
 
 Layers = tuple[np.ndarray, ...]
@@ -122,6 +122,8 @@ class Tracker:
         if len(first) != len(second):
             first, second = self.single(first, node), self.single(second, node)
         for one, other in zip(first, second, strict=True):
+            stuck = (one == FROZEN) | (other == FROZEN)
+            self.freeze((one[stuck], other[stuck]), node, "meets an index that cannot be removed")
             self.classes.union(one, other, self.reason(node, "joins"))
         return first
 

@@ -130,7 +130,7 @@ def test_a_gate_stays_at_its_mint_where_two_read_it() -> None:
 
 def test_an_input_whose_name_is_taken_in_the_graph_still_counts_examples() -> None:
     class Named(Two):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name, a builtin that fx renames)
+        def forward(self, input: Tensor) -> Tensor:
             return super().forward(input)
 
     site, _ = gate_of(Named(), 2, 5, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
@@ -90,7 +89,7 @@ def test_concatenation_with_the_input() -> None:
         {"grow.weight": {0: (0,)}, "grow.bias": {0: (0,)}, "head.weight": {1: (3,)}},
         {"grow.weight": {0: (1,)}, "grow.bias": {0: (1,)}, "head.weight": {1: (4,)}},
     )
-    assert [count for count, _ in why_frozen(analysis, "head.weight", 1)] == [3]
+    assert why_frozen(analysis, "head.weight", 1) == [(3, "meets an index that cannot be removed (conv2d_1)")]
 
 
 def chain(*layers: nn.Module) -> nn.Sequential:
@@ -125,9 +124,13 @@ def test_grouped_convolution_by_whole_groups_where_they_are_more() -> None:
     net = chain(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1, groups=3), nn.Conv2d(3, 1, 1))
     assert_units(
         analysed(net, *IMAGE),
-        {"0.weight": {0: (0, 1)}, "0.bias": {0: (0, 1)}, "1.weight": {0: (0,)}, "1.bias": {0: (0,)}, "2.weight": {1: (0,)}},
-        {"0.weight": {0: (2, 3)}, "0.bias": {0: (2, 3)}, "1.weight": {0: (1,)}, "1.bias": {0: (1,)}, "2.weight": {1: (1,)}},
-        {"0.weight": {0: (4, 5)}, "0.bias": {0: (4, 5)}, "1.weight": {0: (2,)}, "1.bias": {0: (2,)}, "2.weight": {1: (2,)}},
+        *[
+            {
+                "0.weight": {0: pair}, "0.bias": {0: pair}, "1.weight": {0: (i,)}, "1.bias": {0: (i,)},
+                "2.weight": {1: (i,)},
+            }
+            for i, pair in ((0, (0, 1)), (1, (2, 3)), (2, (4, 5)))
+        ],
     )  # fmt: skip
 
 
@@ -346,7 +349,8 @@ def test_a_tied_weight_ties_its_inputs_and_its_outputs() -> None:
         *[
             {
                 "stem.weight": {0: (i,)}, "stem.bias": {0: (i,)}, "one.weight": {0: (i,), 1: (i,)},
-                "two.weight": {0: (i,), 1: (i,)}, "one.bias": {0: (i,)}, "two.bias": {0: (i,)}, "head.weight": {1: (i,)},
+                "two.weight": {0: (i,), 1: (i,)}, "one.bias": {0: (i,)}, "two.bias": {0: (i,)},
+                "head.weight": {1: (i,)},
             }
             for i in (0, 1)
         ],
@@ -368,7 +372,10 @@ def test_a_vocabulary_is_frozen_and_its_columns_go_with_the_tied_head() -> None:
     assert_units(
         analysis,
         *[
-            {"table.weight": {1: (i,)}, "head.weight": {1: (i,)}, "body.weight": {0: (i,), 1: (i,)}, "body.bias": {0: (i,)}}
+            {
+                "table.weight": {1: (i,)}, "head.weight": {1: (i,)},
+                "body.weight": {0: (i,), 1: (i,)}, "body.bias": {0: (i,)},
+            }
             for i in (0, 1)
         ],
     )  # fmt: skip

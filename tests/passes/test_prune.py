@@ -259,7 +259,7 @@ def test_control_flow_on_data_is_refused_with_its_line() -> None:
             y = super().forward(x)
             return y if y.sum() > 0 else -y
 
-    with pytest.raises(UnsupportedModel, match="test_prune.py:") as raised:
+    with pytest.raises(UnsupportedModel, match=r"test_prune\.py:") as raised:
         prune(Branching(), X, budget=0.5)
     assert "\n" not in str(raised.value)
 

@@ -129,7 +129,7 @@ def test_the_same_removal_twice_is_refused(program: Program, plan: Plan) -> None
 
 
 def test_the_training_graph_is_relocated_too(net: Net, program: Program, plan: Plan) -> None:
-    """One training step of the shrunk network is one of the network built by hand: loss, weights, running statistics."""
+    """A training step is that of the network built by hand: loss, weights, running statistics."""
     small, expected = Shrink(plan).run(program).program.train(), by_hand(net).train()
     assert "train" in small.graphs
     x, y = torch.randn(6, 2, 2, 2, dtype=torch.float64), torch.randint(0, 2, (6,))
@@ -177,7 +177,7 @@ def test_bounds_that_are_not_relocated_are_seen(monkeypatch: pytest.MonkeyPatch)
     assert plan.kept["scale"] == [(0, [1])]
     Shrink(plan).run(program)
     monkeypatch.setitem(registry.RELOCATORS, torch.ops.aten.slice.Tensor, lambda moved, node: None)
-    with pytest.raises(VerificationFailed, match="test_shrink.py:") as raised:
+    with pytest.raises(VerificationFailed, match=r"test_shrink\.py:") as raised:
         Shrink(plan).run(program)
     assert "\n" not in str(raised.value)
 

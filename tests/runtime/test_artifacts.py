@@ -175,7 +175,7 @@ def certify(folder: Path) -> None:
 def test_a_model_of_other_weights_is_seen_even_with_matching_hashes(folder: Path) -> None:
     (folder / NAMES[1]).write_bytes(onnx_bytes(network(1)))
     certify(folder)
-    with pytest.raises(VerificationFailed, match="differs from net.pruned.pt"):
+    with pytest.raises(VerificationFailed, match=r"differs from net\.pruned\.pt"):
         verify(folder)
 
 
