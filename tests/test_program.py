@@ -129,10 +129,10 @@ def test_a_copy_is_equal_and_shares_nothing(program: Program, how: str) -> None:
     with torch.no_grad():
         program(TOKENS, SHIFT)  # the generated code exists by now
     program.train()
-    twin = COPIES[how](program)
-    assert twin.module().training
+    assert COPIES[how](program).module().training
     program.eval()
-    twin.eval()
+    twin = COPIES[how](program)
+    assert not twin.module().training
     assert twin.hash() == program.hash()
     assert same(twin.state_dict(), program.state_dict())
     assert same(twin(TOKENS, SHIFT), program(TOKENS, SHIFT))

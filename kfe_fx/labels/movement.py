@@ -116,6 +116,16 @@ def _check_symbolic_sizes(tracker: Tracker, node: fx.Node, dims: Any) -> None:
         tracker.freeze(dims[dim], node, "is part of a size that depends on the input")
 
 
+@rule(*overloads(aten, "reshape_as.default", "view_as.default"))
+def shaped_as(tracker: Tracker, node: fx.Node) -> Any:
+    """Trace a reshape to the shape of another tensor: what comes out must shrink as that one does."""
+    source, like = node.args[:2]
+    shape = tracker.shape(like)
+    result = _carry(tracker, node, lambda index: index.reshape(shape), [source])  # type: ignore[list-item]
+    pairs = zip(result, tracker.dims(like), strict=True)
+    return tuple(tracker.unify(ours, theirs, node) if ours or theirs else () for ours, theirs in pairs)
+
+
 @rule(*overloads(aten, "pad.default"))
 def pad(tracker: Tracker, node: fx.Node) -> Any:
     """Trace padding: constants come from nowhere; reflected and replicated borders from inside."""

@@ -8,7 +8,7 @@ from torch import fx
 
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
-from kfe_fx.labels.tracker import Dims, Tracker
+from kfe_fx.labels.tracker import Dims, Layers, Tracker
 
 aten = torch.ops.aten
 
@@ -71,6 +71,22 @@ def group_norm(tracker: Tracker, node: fx.Node) -> Dims:
         tracker.decisions[node.name] = _choose(tracker, node, table)
         if tracker.decisions[node.name] == "positions":
             tracker.statistics[node.name] = (1,)
+    return tuple(dims)
+
+
+@rule(*overloads(aten, "_weight_norm.default"))
+def weight_norm(tracker: Tracker, node: fx.Node) -> Dims:
+    """Trace w = g v / |v|, a norm over all dims but one: only along that one may slices go and leave the others."""
+    direction, scale = node.args[:2]
+    rank = len(tracker.shape(direction))
+    kept = int(tracker.arg(node, 2, "dim", 0)) % rank
+    dims: list[Layers] = []
+    for dim, (layers, sizes) in enumerate(zip(tracker.dims(direction), tracker.dims(scale), strict=True)):
+        if dim != kept:
+            tracker.freeze(layers, node, "is normalised over")
+            dims.append(layers)
+        else:
+            dims.append(tracker.unify(layers, sizes, node) if tracker.shape(scale)[dim] > 1 else layers)
     return tuple(dims)
 
 

@@ -140,7 +140,9 @@ def _repair(tracker: Tracker, node: Any, values: np.ndarray, dependent: list[int
     left = {axis: _classes_left(pairs[axis], values) for axis in dependent}
     axis = preferred_axis(tracker, node, dependent)
     if axis is None or left[axis] < 2:
-        axis = max(dependent, key=lambda candidate: (left[candidate], candidate))
+        # first an axis along which no unit repeats: channels before the phases of a pixel shuffle along height or width
+        slices = {each: int((_along(values, each) >= 0).sum()) for each in dependent}
+        axis = max(dependent, key=lambda each: (left[each] > 1, left[each] == slices[each], left[each], each))
     tracker.classes.union(*pairs[axis], tracker.reason(node, "splits a dim: what is removed must stay a rectangle"))
     return axis
 

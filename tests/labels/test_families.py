@@ -615,3 +615,39 @@ def test_outputs_and_inputs_are_frozen_and_say_so() -> None:
 def test_a_single_hidden_unit_stays() -> None:
     analysis = analysed(chain(nn.Linear(3, 1), nn.Linear(1, 2)), 2, 3)
     assert units(analysis) == []
+
+
+class ConvolutionPerExample(nn.Module):
+    """Each example has kernels of its own, so the number of groups depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.kernels = nn.Linear(3, 2), nn.Parameter(torch.randn(2, 4, 3, 1, 1))
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        weight = (self.mix(x.mean((2, 3))) @ self.kernels.flatten(1)).view(n * 4, 3, 1, 1)
+        y = F.conv2d(x.reshape(1, n * 3, 4, 4), weight, groups=n)
+        return self.head(y.view(n, 4, 4, 4))
+
+
+def test_a_convolution_with_kernels_per_example_is_frozen_and_says_so() -> None:
+    analysis = analysed(ConvolutionPerExample(), *IMAGE)
+    assert_units(analysis, *[{"mix.weight": {0: (i,)}, "mix.bias": {0: (i,)}, "kernels": {0: (i,)}} for i in (0, 1)])
+    assert "goes into aten.conv2d" in why_frozen(analysis, "kernels", 1)[0][1]
+
+
+def test_a_group_norm_of_tied_groups_loses_positions_and_changes_its_statistic() -> None:
+    # the grouped convolution ties position p of both groups, so the norm cannot lose whole groups
+    net = chain(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.GroupNorm(2, 4), nn.Conv2d(4, 1, 1))
+    analysis = analysed(net, *IMAGE)
+    incoming: list[Slices] = [
+        {"0.weight": {0: both}, "0.bias": {0: both}, "1.weight": {1: (i,)}} for i, both in ((0, (0, 2)), (1, (1, 3)))
+    ]
+    outgoing: list[Slices] = [
+        {f"{layer}.{kind}": {0: both} for layer in (1, 2) for kind in ("weight", "bias")} | {"3.weight": {1: both}}
+        for both in ((0, 2), (1, 3))
+    ]
+    assert_units(analysis, *incoming, *outgoing)
+    assert analysis.statistics == ["aten.group_norm at 2"]

@@ -18,7 +18,7 @@ from kfe_fx.errors import UnsupportedModel, UsageError, VerificationFailed
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels import registry
 from kfe_fx.labels.analysis import analyze
-from kfe_fx.passes import rounds
+from kfe_fx.passes import proof
 from kfe_fx.passes.prune import PruneResult, prune
 from kfe_fx.program import Program
 from kfe_fx.runtime.onnx_file import onnx_bytes
@@ -309,7 +309,7 @@ def test_an_onnx_model_that_computes_something_else_is_not_written(
     other = half.program.copy()
     with torch.no_grad():
         other.tensor("head.bias").add_(1)
-    monkeypatch.setattr(rounds, "onnx_bytes", lambda program: onnx_bytes(other))
+    monkeypatch.setattr(proof, "onnx_bytes", lambda program: onnx_bytes(other))
     with pytest.raises(VerificationFailed, match="ONNX Runtime differs from the network"):
         half.write(tmp_path / "out", "net")
     assert list(tmp_path.iterdir()) == []

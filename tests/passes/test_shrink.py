@@ -159,6 +159,30 @@ def test_parameters_stay_parameters_and_frozen_ones_stay_frozen(net: Net) -> Non
     assert {name for name, _ in small.module().named_buffers()} == {name for name, _ in net.named_buffers()}
 
 
+class Buffers(nn.Module):
+    saved: Tensor
+    unsaved: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 3), nn.Linear(3, 1)
+        self.register_buffer("saved", torch.arange(1.0, 4.0))
+        self.register_buffer("unsaved", torch.arange(4.0, 7.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x) * self.saved + self.unsaved)
+
+
+def test_buffers_are_cut_and_those_that_are_not_saved_stay_so() -> None:
+    program = capture(Buffers(), torch.randn(2, 2))
+    analysis = analyze(program)
+    small = Shrink(Plan.of_units(analysis, cut_away(analysis, one=[0, 2]))).run(program).program
+    assert small.tensor("saved").tolist() == [1, 3]
+    assert small.tensor("unsaved").tolist() == [4, 6]
+    assert small.state_dict().keys() == program.state_dict().keys()
+    assert "unsaved" not in small.state_dict()
+
+
 class Parts(nn.Module):
     """A range in the middle of the channels, whose bounds move when channels before it go."""
 
