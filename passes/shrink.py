@@ -51,10 +51,18 @@ class Shrink(Pass):
             graph.eliminate_dead_code()
             graph.lint()
         twin.module().recompile()
-        for mode, fakes in propagate_all(twin, sorted(moves), analysis.trackers["eval"].sizes).items():
+        for mode, fakes in _shapes(twin, analysis.trackers["eval"].sizes).items():
             _check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
         return PassResult(twin, True, {"removed": len(removed), "tensors": sliced})
+
+
+def _shapes(program: Program, sizes: dict[str, int]) -> dict[str, dict[Any, Any]]:
+    try:
+        return propagate_all(program, sorted(program.graphs), sizes)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise VerificationFailed(f"the shrunk graph does not run ({first}); please report this network") from error
 
 
 def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int]) -> int:

@@ -89,11 +89,13 @@ def _check_same(module: nn.Module, program: Program) -> None:
         UnsupportedModel: they differ.
     """
     args, kwargs = program.example_inputs
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _buffers_restored(module), _buffers_restored(program.module()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        expected = module(*args, **kwargs)
+        with torch.no_grad():
+            expected = module(*args, **kwargs)
         torch.manual_seed(0)
-        found = program(*args, **kwargs)
+        with torch.no_grad():
+            found = program(*args, **kwargs)
     is_tensor = lambda item: isinstance(item, torch.Tensor)  # noqa: E731
     for theirs, ours in zip(template_of(expected, is_tensor)[1], template_of(found, is_tensor)[1], strict=False):
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5, equal_nan=True):
@@ -258,6 +260,17 @@ def _refusal(module: nn.Module, error: Exception) -> UnsupportedModel:
         first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
         reason = f"{kind}: {first[:240]}"
     return UnsupportedModel(f"{where or type(module).__name__}: this network cannot be captured: {reason}")
+
+
+@contextmanager
+def _buffers_restored(module: nn.Module) -> Iterator[None]:
+    # a forward in evaluation may write buffers too (caches, counters), and looking must not change anything
+    held = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in held:
+            buffer.copy_(value)
 
 
 def _training_flags(module: nn.Module) -> dict[str, bool]:

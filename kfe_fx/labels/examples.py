@@ -6,9 +6,12 @@ import numpy as np
 import torch
 from torch import fx
 
+from kfe_fx.labels.registry import overloads
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
 from kfe_fx.labels.unionfind import UnionFind
 from kfe_fx.program import Program
+
+aten = torch.ops.aten
 
 
 class ExampleTracker(Tracker):
@@ -71,6 +74,23 @@ def freeze_irregular(tracker: Tracker, examples: ExampleTracker, graph: fx.Graph
         for layers, counted in zip(value, folded, strict=True):
             if any(examples.counts(layer) for layer in counted):
                 _freeze_unless_repeated(tracker, node, layers, batch)
+        _freeze_picked(tracker, examples, node)
+
+
+_PICKS = {
+    *overloads(aten, "slice.Tensor", "select.int", "narrow", "roll", "index_select", "index.Tensor", "channel_shuffle"),
+    *overloads(aten, "split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections", "tensor_split.indices"),
+}
+
+
+def _freeze_picked(tracker: Tracker, examples: ExampleTracker, node: fx.Node) -> None:
+    # the numbers that pick are rewritten for the batch of the analysis, and would be wrong at any other
+    source = node.args[0] if node.target in _PICKS else None
+    if source is None or not isinstance(tracker.values.get(source), tuple):
+        return
+    for layers, counted in zip(tracker.dims(source), examples.dims(source), strict=True):
+        if any(examples.counts(layer) for layer in counted):
+            tracker.freeze(layers, node, "is picked from by number along with the batch")
 
 
 def _freeze_unless_repeated(tracker: Tracker, node: fx.Node, layers: Layers, batch: int) -> None:

@@ -149,6 +149,41 @@ class MixedWithTheBatch(nn.Module):
         return self.down(y.reshape(3, -1).transpose(0, 1).reshape(-1, 2))
 
 
-def test_units_that_mix_with_the_batch_are_frozen() -> None:
-    analysis = analyze(capture(MixedWithTheBatch(), torch.randn(2, 3)))
+class PickedWithTheBatch(nn.Module):
+    """Every fifth of all examples' channels: which ones those are depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(x) + F.relu(self.up(x)).reshape(-1)[::5].sum()
+
+
+class RolledWithTheBatch(nn.Module):
+    """The last channel of an example becomes the first of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scale, self.down = nn.Linear(3, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).reshape(-1).roll(1).reshape(-1, 6) * self.scale)
+
+
+@pytest.mark.parametrize("net", [MixedWithTheBatch, PickedWithTheBatch, RolledWithTheBatch])
+def test_units_that_mix_with_the_batch_are_frozen(net: type[nn.Module]) -> None:
+    analysis = analyze(capture(net(), torch.randn(2, 3)))
     assert analysis.units == []
+
+
+def test_a_fold_that_keeps_examples_apart_freezes_nothing() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x).reshape(-1)).reshape(-1, 6))
+
+    assert len(analyze(capture(Apart(), torch.randn(2, 3))).units) == 6

@@ -206,7 +206,6 @@ def test_bounds_that_are_not_relocated_are_seen(monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="shapes that do not even fit come out as torch's own error")
 def test_a_view_that_is_not_relocated_is_seen(program: Program, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.RELOCATORS, torch.ops.aten.view.default, lambda moved, node: None)
     with pytest.raises(VerificationFailed) as raised:

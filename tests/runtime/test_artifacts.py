@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,13 +131,6 @@ def test_a_failure_on_the_way_leaves_no_certificate(
     assert names(folder) == NAMES[1:]
     with pytest.raises(VerificationFailed, match="never finished"):
         verify(folder)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_named(program: Program, onnx: bytes, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(BadFile, match="cannot be written"):
-        write_set(program, onnx, DOCUMENT, tmp_path / "new", "net")
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(program: Program, onnx: bytes, tmp_path: Path) -> None:
