@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kfe_fx.labels.analysis import Analysis
+from kfe_fx.plan import is_literal
 from kfe_fx.program import Program, named_tensors
 
 Kept = dict[str, list[tuple[int, list[int]]]]
@@ -24,6 +25,8 @@ def embed(original: Program, small: Program, kept: Kept) -> Program:
             if name not in values:
                 continue
             view = target.detach()
+            if is_literal(name):
+                continue  # it follows the units and is never trained
             index = tuple(_axis(view, dim, kept.get(name, [])) for dim in range(view.dim()))
             if view.dim():
                 view[index] = values[name].detach()
@@ -74,7 +77,7 @@ def lift_scores(original: Analysis, small: Analysis, scores: np.ndarray, kept: K
 def _units_at(small: Analysis, slices: dict[str, dict[int, tuple[int, ...]]], kept: Kept) -> set[int]:
     found: set[int] = set()
     for name, dims in slices.items():
-        if name not in small.params:
+        if name not in small.params or is_literal(name):
             continue
         for dim, indices in dims.items():
             line = dict(kept.get(name, [])).get(dim)

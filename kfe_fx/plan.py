@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 VERSION = 1
+_LITERAL = re.compile(r"lifted_tensor_\d+(_train)?")  # what torch.export calls a tensor written in forward
 ACTIONS = ("remove",)  # later versions add decompose, pad and drop; an unknown action is refused, never skipped
 
 
@@ -40,6 +42,8 @@ class Plan:
         aliases = tied_names(analysis.program.module())
         kept: dict[str, list[tuple[int, list[int]]]] = {}
         for name in analysis.params:
+            if is_literal(name):
+                continue  # it follows the units, but has no name that anyone knows
             changed = [
                 (dim, [int(i) for i in indices])
                 for dim, indices in enumerate(analysis.kept(name, set(gone)))
@@ -115,6 +119,11 @@ class Plan:
             return cls(kept, tuple(data["actions"]), str(data.get("heads", "auto")), dict(data.get("metadata", {})))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
+
+
+def is_literal(name: str) -> bool:
+    """Tell whether a tensor is a literal of the source's code rather than a parameter or buffer of a module."""
+    return _LITERAL.fullmatch(name) is not None
 
 
 def _gone(analysis: Analysis, name: str, dim: int, indices: list[int]) -> set[int]:

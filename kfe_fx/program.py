@@ -106,10 +106,6 @@ class ProgramModule(nn.Module):
         twin.training = self.training
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without generated code; it is made again at the next call."""
-        return {**self.__dict__, "_compiled": {}}
-
 
 class _Attributes:
     """What generated code sees as ``self``: the tensors and submodules of a module, never its methods.

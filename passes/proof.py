@@ -28,7 +28,13 @@ def check_masked(analysis: Analysis, shrunk: Program, removed: frozenset[int], s
     Raises:
         VerificationFailed: it is more than rounding.
     """
-    error, allowed = masked_error(analysis, shrunk, removed, seed)
+    try:
+        error, allowed = masked_error(analysis, shrunk, removed, seed)
+    except (RuntimeError, IndexError, ValueError) as failure:
+        first = str(failure).strip().splitlines()[0]
+        raise VerificationFailed(
+            f"the shrunk network fails at another batch size ({first}); nothing is written; please report this network"
+        ) from failure
     if not error <= allowed:  # rounding of a deep network, or an error? In float64 rounding is gone
         wide = replace(analysis, program=_double(analysis.program))
         error, allowed = masked_error(wide, _double(shrunk), removed, seed)

@@ -332,7 +332,7 @@ class Rounds:
         certificate = self.certificate
         certificate.after = self._counts(self.removed)
         certificate.data |= self.scoring
-        if self.scoring.get("inputs") == "drawn" or self.data.calibration is None:
+        if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
         if self.settings.metric in ("macs", "params", "memory"):
             name = {"macs": "macs", "params": "parameters", "memory": "peak_memory"}[self.settings.metric]

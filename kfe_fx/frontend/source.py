@@ -27,7 +27,9 @@ def _is_users(file: str) -> bool:
 
 
 def relative(file: str) -> str:
-    """Shorten a path: relative to the current folder where it lies below it, else its last two parts."""
+    """Shorten a path: from site-packages on, relative to the current folder, or its last two parts."""
+    if "site-packages" in file:
+        return file[file.index("site-packages") :]
     path = Path(os.path.realpath(file))
     try:
         return str(path.relative_to(Path.cwd().resolve()))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from kfe_fx.errors import BadFile, MissingDependency
+from kfe_fx.errors import BadFile
 from kfe_fx.format.archive import MAGIC, Archive
 from kfe_fx.format.fields import Malformed
 
@@ -78,14 +78,11 @@ def read_safetensors(path: Path) -> StateDict:
     """Return the tensors of a safetensors file.
 
     Raises:
-        MissingDependency: the package safetensors is not installed.
         BadFile: damaged.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise MissingDependency(f"{path}: reading safetensors needs the package: pip install safetensors") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
