@@ -201,6 +201,15 @@ class Program:
             copy.deepcopy(self._module), self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras)
         )
 
+    def sharing(self) -> Program:
+        """Return a Program with graphs of its own over the same tensors, for a pass that replaces the tensors."""
+        held, lasting = self._module, self._module.state_dict().keys()
+        module = ProgramModule({mode: copy_graph(graph) for mode, graph in held.graphs.items()}, held.signature)
+        for name, value in named_tensors(held).items():
+            put_tensor(module, name, value, persistent=name in lasting)
+        module.train(held.training)
+        return Program(module, self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras))
+
     def batch_axes(self) -> set[str]:
         """Return the names of the dynamic axes that count examples: those at dim 0 of an input."""
         return {dims[0] for dims in self.axes.values() if 0 in dims}

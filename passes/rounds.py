@@ -229,7 +229,7 @@ class Rounds:
     def _surgery(self, selection: Selection, scores: np.ndarray, small_analysis: Analysis, target: float) -> None:
         """Remove, prove on this round's weights, then repair: fold means, re-estimate statistics."""
         settings = self.settings
-        full = embed(self.original, self.small, self.plan.kept)
+        full = embed(self.original, self.small, self.plan.kept) if self.removed else self.small
         plan = Plan.of_units(self.analysis, selection.removed, scores, settings.heads)
         shrunk = Shrink(plan).run(full).program
         error = check_masked(replace(self.analysis, program=full), shrunk, selection.removed, settings.seed)

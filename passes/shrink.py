@@ -38,7 +38,7 @@ class Shrink(Pass):
         """
         if not self.plan.kept:
             return PassResult(program, False, {"removed": 0})
-        twin = program.copy()
+        twin = program.sharing()
         analysis = analyze(twin, heads=self.plan.heads)
         removed = self.plan.units(analysis)
         gone = analysis.table.gone(removed)
@@ -66,23 +66,22 @@ def _shapes(program: Program, sizes: dict[str, int]) -> dict[str, dict[Any, Any]
 
 
 def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int]) -> int:
-    """Slice parameters, buffers and constants in place; tied ones stay tied. Return how many changed."""
+    """Replace every tensor by its kept slice, or by a copy; tied ones stay tied. Return how many changed."""
     tensors = named_tensors(program.module())
     lasting = program.state_dict().keys()
-    aliases = tied_names(program.module())
     count = 0
-    for name in analysis.params:
-        kept = [(dim, index) for dim, index in enumerate(analysis.kept(name, removed)) if index is not None]
-        if not kept:
-            continue
-        old = tensors[name]
+    for names in dict.fromkeys(tied_names(program.module()).values()):
+        old = tensors[names[0]]
+        kept = analysis.kept(names[0], removed) if names[0] in analysis.params else []
         value = old.detach()
-        for dim, index in kept:
-            value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        for dim, index in enumerate(kept):
+            if index is not None:
+                value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        count += value.shape != old.shape
+        value = value.clone() if value.shape == old.shape else value
         value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-        for alias in aliases.get(name, (name,)):
-            put_tensor(program.module(), alias, value, persistent=alias in lasting)
-        count += 1
+        for name in names:
+            put_tensor(program.module(), name, value, persistent=name in lasting)
     return count
 
 
