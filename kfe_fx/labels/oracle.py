@@ -50,8 +50,7 @@ class _Masked(fx.Interpreter):
             forced = set(masks)  # centring moves zero wherever it stands
         else:
             forced = {dim for dim in masks if dim in self.minted.get(n.name, ())}
-        if forced != set(masks) and self._moves_zero(n, masks):
-            forced = set(masks)
+        forced |= {dim for dim in masks if dim not in forced and self._moves_zero(n, dim, masks[dim])}
         for dim in forced:
             shaped = masks[dim].reshape([-1 if axis == dim else 1 for axis in range(result.dim())])
             result = torch.where(shaped, torch.zeros((), dtype=result.dtype), result)
@@ -65,19 +64,26 @@ class _Masked(fx.Interpreter):
                 masks[dim] = torch.from_numpy(np.logical_or.reduce(lost))
         return masks
 
-    def _moves_zero(self, n: fx.Node, masks: dict[int, torch.Tensor]) -> bool:
-        """Run the operation with zeros for every activation that carries removed units; see if zero stays zero."""
+    def _moves_zero(self, n: fx.Node, dim: int, mask: torch.Tensor) -> bool:
+        """Run the operation with zeros for every activation that carries the units removed along ``dim``.
+
+        Other operands stay as they are: what is subtracted from a removed unit (a mean over all) moves it.
+        """
+        gone = self._removed_in(self.tracker.values[n][dim : dim + 1])
 
         def zeroed(arg: fx.Node) -> Any:
             value = self.env[arg]
-            carried = self.tracker.values.get(arg)
-            if isinstance(value, torch.Tensor) and arg not in self.tracker.static and self._masks(carried, value.shape):
-                return torch.zeros_like(value)
-            return value
+            if not isinstance(value, torch.Tensor) or arg in self.tracker.static:
+                return value
+            return torch.zeros_like(value) if gone & self._removed_in(self.tracker.values[arg]) else value
 
         args, kwargs = map_arg((n.args, n.kwargs), zeroed)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
-        return any(bool((result.movedim(dim, 0)[mask] != 0).any()) for dim, mask in masks.items())
+        return bool((result.movedim(dim, 0)[mask] != 0).any())
+
+    def _removed_in(self, dims: Any) -> set[int]:
+        found = (layer[self.gone[layer]] for layers in self.table.layout(dims) for layer in layers)
+        return {int(unit) for units in found for unit in units}
 
     def _norm(self, n: fx.Node, masks: dict[int, torch.Tensor]) -> torch.Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
