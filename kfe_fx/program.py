@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from kfe_fx import taps
 from kfe_fx.errors import UsageError
 from kfe_fx.structure import flatten_like, pack
 
@@ -69,7 +70,9 @@ class ProgramModule(nn.Module):
         super().__init__()
         self.graphs = graphs
         self.signature = signature
-        self._compiled: dict[str, Any] = {}
+        self._observer: taps.Observer | None = None
+        self._observed: dict[str, fx.Graph] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def mode(self) -> str:
         """Return the name of the graph that runs now."""
@@ -83,14 +86,27 @@ class ProgramModule(nn.Module):
 
     def run_flat(self, flat: list[Any], mode: str = "eval") -> tuple[Any, ...]:
         """Run graph ``mode`` on flat inputs and return the flat outputs."""
-        run = self._compiled.get(mode)
+        observer = self._observer
+        if observer is not None and (begin := getattr(observer, "begin", None)) is not None:
+            begin(flat, mode)
+        key = mode, None if observer is None else id(observer)
+        run = self._compiled.get(key)
         if run is None:
-            run = self._compiled[mode] = _compile(self, self.graphs[mode])
+            graph = self.graphs[mode] if observer is None else self._observed.get(mode, self.graphs[mode])
+            run = self._compiled[key] = _compile(self, graph, observer)
         return run(*flat)
 
     def recompile(self) -> None:
         """Forget the generated code after an edit of a graph."""
         self._compiled.clear()
+
+    def observe(self, observer: taps.Observer | None, graphs: dict[str, fx.Graph] | None = None) -> None:
+        """Let ``observer`` be called by the taps; with None they leave the code that runs.
+
+        ``graphs`` are tapped copies to run instead of the module's own, for who observes a network without taps.
+        """
+        self._compiled = {key: run for key, run in self._compiled.items() if key[1] is None}
+        self._observer, self._observed = observer, graphs or {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         """Copy tensors and graphs; tied parameters stay tied."""
@@ -128,7 +144,13 @@ class _Interpreter(fx.Interpreter):
         return get_tensor(self.module, target)  # type: ignore[arg-type]
 
 
-def _compile(module: nn.Module, graph: fx.Graph) -> Any:
+def _compile(module: nn.Module, graph: fx.Graph, observer: taps.Observer | None) -> Any:
+    if taps.tapped(graph):
+        graph = copy_graph(graph)
+        if observer is None:
+            taps.strip(graph)
+        else:
+            taps.observe(graph, observer)
     code = graph.python_code("self")
     inputs = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     words = [part for node in graph.nodes if node.op == "get_attr" for part in str(node.target).split(".")]

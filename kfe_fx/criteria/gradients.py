@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfe_fx.criteria import synthetic
-from kfe_fx.criteria.sampled import Sampler
+from kfe_fx.training.likelihood import Likelihood
 from kfe_fx.errors import BadData
 from kfe_fx.gates import GatedModule, gated
 from kfe_fx.labels.analysis import Analysis
@@ -46,7 +46,7 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
     batches: Any = source.batches
     if batches is None:
         batches = synthetic.draw(source.program, DATA_FREE_EXAMPLES, source.seed, source.facts)
-    sampler = Sampler(source.loss, source.seed)
+    sampler = Likelihood(source.loss, source.seed)
     loss = source.loss
     pinned = pinned_batch(source.program)
     split = not module.per_example and pinned is None
@@ -67,7 +67,7 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
         raise BadData("the data yields no batches to score with; give at least one example")
 
 
-def _gradients(module: GatedModule, batch: Batch, loss: Loss | None, sampler: Sampler) -> tuple[Tensor, Loss | None]:
+def _gradients(module: GatedModule, batch: Batch, loss: Loss | None, sampler: Likelihood) -> tuple[Tensor, Loss | None]:
     rows = batch.count if module.per_example else 1
     first = next((v.dtype for v in batch.inputs if isinstance(v, Tensor) and v.is_floating_point()), None)
     gates = module.ones(rows, first or _parameter_type(module))

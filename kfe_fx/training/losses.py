@@ -168,6 +168,38 @@ def settle(loss: Loss, outputs: Any, targets: Any, count: int) -> Loss:
     )
 
 
+def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
+    """Check that a loss of the user's is a sum or mean over examples, by taking it of two parts of a batch.
+
+    Raises:
+        UsageError: the parts do not add up to the whole, so no gradient belongs to one example alone.
+    """
+    if count < 2 or loss.name in _NAMED:
+        return
+    half = count // 2
+    with torch.no_grad():
+        whole = loss.total(outputs, targets, count)
+        parts = [
+            loss.total(_cut(outputs, count, start, stop), _cut(targets, count, start, stop), stop - start)
+            for start, stop in ((0, half), (half, count))
+        ]
+    if not torch.allclose(parts[0] + parts[1], whole, rtol=1e-3, atol=1e-12):
+        raise UsageError(
+            f"the loss {loss.name!r} mixes the examples of a batch, so no gradient belongs to one alone; return a vector "
+            "[N], or a mean or sum of such"
+        )
+
+
+def _cut(value: Any, count: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() and len(value) == count else value
+    if isinstance(value, dict):
+        return {key: _cut(part, count, start, stop) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(part, count, start, stop) for part in value)
+    return value
+
+
 def _twice(value: Any, count: int) -> Any:
     if isinstance(value, Tensor):
         return torch.cat([value, value]) if value.dim() and len(value) == count else value

@@ -143,25 +143,25 @@ def test_a_loss_of_ones_own_needs_targets():
 
 def test_sampled_labels_follow_the_model():
     """The mean square of d(-log p)/d logit is p (1 - p) when labels come from the model."""
-    from kfe_fx.criteria.sampled import Sampler
+    from kfe_fx.training.likelihood import Likelihood
     from kfe_fx.training import Batch
 
     logits = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64).expand(40_000, 3).clone().requires_grad_()
     for values in (logits, logits.softmax(1)):  # scores, and probabilities
-        total = Sampler(None, 0).total(values, Batch([torch.zeros(40_000, 2)], None, 40_000))
+        total = Likelihood(None, 0).total(values, Batch([torch.zeros(40_000, 2)], None, 40_000))
         (grad,) = torch.autograd.grad(total, logits, retain_graph=True)
         p = torch.tensor([0.0, 1.0, -1.0]).softmax(0).double()
         torch.testing.assert_close(grad.square().mean(0), p * (1 - p), rtol=0.03, atol=0)  # drawn labels
 
 
 def test_token_scores_have_their_classes_last():
-    from kfe_fx.criteria.sampled import Sampler
+    from kfe_fx.training.likelihood import Likelihood
     from kfe_fx.training import Batch
 
     logits = torch.zeros(2, 3, 7, dtype=torch.float64, requires_grad=True)
     tokens = Batch([torch.zeros(2, 3, dtype=torch.int64)], None, 2)
-    total = Sampler(None, 0).total(logits, tokens)
+    total = Likelihood(None, 0).total(logits, tokens)
     assert float(total.detach()) == pytest.approx(2 * np.log(7))
-    assert float(Sampler(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(
+    assert float(Likelihood(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(
         2 * np.log(3)
     )

@@ -1,0 +1,240 @@
+"""Measure the statistics of a network on data: the one entry to everything that hangs on curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfe_fx.curvature.blocks import Block, Blocks, find_blocks
+from kfe_fx.curvature.collector import Collector
+from kfe_fx.curvature.distributed import Group, sum_store
+from kfe_fx.curvature.eigen import eigenbasis
+from kfe_fx.curvature.observation import Observation
+from kfe_fx.curvature.statistics import EXPAND, REDUCE, Basis, Factors, Moments, Statistic
+from kfe_fx.curvature.store import Store
+from kfe_fx.errors import BadData, UsageError
+from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, put_tensor
+from kfe_fx.structure import pack
+from kfe_fx.training.batches import Batch, Batches
+from kfe_fx.training.likelihood import CATEGORICAL, Likelihood
+from kfe_fx.training.losses import Loss, resolve_loss, separable, settle
+
+SOURCES = ("empirical", "sampled", "exact")
+STATISTICS = ("diagonal", "kfac", "ekfac")
+Progress = Callable[[str, float | None], None]
+EXACT_CLASSES = 20
+
+
+def fit(
+    program: Program,
+    data: Any,
+    loss: Any = None,
+    *,
+    statistics: Iterable[str] | str = "ekfac",
+    source: str = "auto",
+    samples: int = 1,
+    sharing: str = EXPAND,
+    batch_size: int = 64,
+    seed: int = 0,
+    blocks: Blocks | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """Measure second-moment statistics of the gradients of each example, in evaluation mode (the profile "score").
+
+    ``F = E_n[vec(dW_n) vec(dW_n)^T]`` is approximated per block; see ``Store`` for what is kept of it.
+
+    Args:
+        program: the network; nothing of it is changed.
+        data: examples in any form that ``Batches`` takes; with targets for the source "empirical".
+        loss: see ``resolve_loss``. What is differentiated is each example's own loss: with a mean over N examples
+            gradients are multiplied by N.
+        statistics: any of "diagonal" (second moments of the parameters' gradients), "kfac" (factors and eigenbases) and
+            "ekfac" (those and S*).
+        source: "empirical" (labels of the data), "sampled" (labels drawn from the network), "exact" (the whole
+            distribution of labels, one backward pass per output: type-II, the generalised Gauss-Newton matrix), or
+            "auto": exact for up to 20 outputs, else sampled.
+        samples: how many times "sampled" draws.
+        sharing: "expand" or "reduce": how K-FAC factors count positions that share weights.
+        batch_size: examples at a time.
+        seed: of what is drawn.
+        blocks: those of ``find_blocks`` where they are known already.
+        progress: called with ("curvature", share done).
+
+    Returns:
+        The store.
+
+    Raises:
+        UsageError: an argument has a value that means nothing, or the loss mixes the examples of a batch.
+        BadData: there is nothing to measure on, or no gradient was finite.
+    """
+    wanted = {statistics} if isinstance(statistics, str) else set(statistics)
+    if not wanted or not wanted <= set(STATISTICS):
+        raise UsageError(
+            f"there are the statistics {', '.join(STATISTICS)}, not {', '.join(sorted(wanted - set(STATISTICS)))}"
+        )
+    if source not in (*SOURCES, "auto"):
+        raise UsageError(f"there is no source {source!r}; choose {', '.join(SOURCES)} or auto")
+    if sharing not in (EXPAND, REDUCE):
+        raise UsageError(f"there is no sharing {sharing!r}; choose {EXPAND} or {REDUCE}")
+    if samples < 1:
+        raise UsageError("the source 'sampled' draws at least once")
+    found = find_blocks(program) if blocks is None else blocks
+    if not found.blocks:
+        raise BadData("this network has no parameters that statistics exist for")
+    fitter = _Fitter(program, found, Batches(program, data, batch_size), loss, source, samples, seed, progress)
+    factors, diagonal = Factors(sharing), Moments()
+    store = Store.of(program, found, sharing=sharing)
+    first: list[Statistic] = []
+    if wanted & {"kfac", "ekfac"}:
+        first.append(factors)
+    if "diagonal" in wanted:
+        first.append(diagonal)
+    passes = (1 if first else 0) + ("ekfac" in wanted)
+    if first:
+        fitter.run(first, 0, passes)
+        store.add_factors(factors)
+        store.add_diagonal(diagonal)
+        sum_store(store)
+    if wanted & {"kfac", "ekfac"}:
+        store.decompose(Group.current())
+    if "ekfac" in wanted:
+        moments = Moments(store.bases())
+        fitter.run([moments], passes - 1, passes)
+        store.add_moments(moments)
+        sum_store(store, moments=True)
+    store.describe(fitter.facts)
+    if not any(block.examples for block in store.blocks.values()):
+        raise BadData("no gradient was finite, so nothing was measured; check the data and the loss")
+    return store
+
+
+class _Fitter:
+    """Passes over the data with taps on a detached view of the network."""
+
+    def __init__(
+        self,
+        program: Program,
+        blocks: Blocks,
+        batches: Batches,
+        loss: Any,
+        source: str,
+        samples: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.batches = batches
+        targets = batches.targets()
+        self.loss: Loss | None = resolve_loss(loss, targets)
+        self.source, self.samples, self.seed = source, samples, seed
+        if source == "empirical" and targets is None:
+            raise BadData("the source 'empirical' needs targets, and the data has none; use sampled or exact")
+        self.blocks = blocks
+        self.view = _detached(program)
+        self.progress = progress
+        self.facts: dict[str, Any] = {"profile": "score", "seed": seed, "nonfinite": {}}
+        self.sinks: list[Statistic] = []
+        self.first = True
+
+    def run(self, sinks: list[Statistic], number: int, passes: int) -> None:
+        """Go through the data once and add to ``sinks``; the same labels are drawn each time."""
+        self.sinks = sinks
+        mixed = [block for block in self.blocks.blocks if not block.batched.get("eval", True)]
+        whole = [block for block in self.blocks.blocks if block not in mixed]
+        likelihood = Likelihood(self.loss, self.seed)
+        count = len(self.batches)
+        examples = 0
+        group = Group.current()
+        for chosen, split in ((whole, False), (mixed, True)):
+            if not chosen:
+                continue
+            collector = Collector(self.view, self.blocks, chosen, self._sink)
+            collector.forced = True
+            with collector.watching():
+                for index, batch in enumerate(self.batches):
+                    if index % group.size != group.rank:
+                        continue
+                    likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
+                    pieces = [batch.rows(i, i + 1) for i in range(batch.count)] if split else [batch]
+                    for piece in pieces:
+                        self._batch(piece, likelihood, collector)
+                    examples += batch.count if chosen is whole or not whole else 0
+                    if self.progress is not None and count:
+                        self.progress("curvature", (number + (index + 1) / count) / passes)
+            for name, times in collector.nonfinite.items():
+                self.facts["nonfinite"][name] = self.facts["nonfinite"].get(name, 0) + times
+        self.facts["examples"] = examples
+        if not examples and group.size == 1:
+            raise BadData("the data yields no batches to measure on; give at least one example")
+
+    def _batch(self, batch: Batch, likelihood: Likelihood, collector: Collector) -> None:
+        module = self.view.module()
+        with torch.enable_grad():
+            outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
+        source = self._source(outputs, likelihood, batch)
+        totals = list(self._totals(source, outputs, likelihood, batch)) if source != "exact" else []
+        self.first = True
+        if source == "exact":
+            for values, column in likelihood.columns(outputs, batch):
+                self._backward(values, column, collector, last=False)
+            return
+        for number, total in enumerate(totals):
+            self._backward(total, None, collector, last=number == len(totals) - 1)
+
+    def _backward(self, values: Tensor, column: Tensor | None, collector: Collector, *, last: bool) -> None:
+        if values.requires_grad:
+            torch.autograd.backward([values], None if column is None else [column], retain_graph=not last)
+        collector.flush()
+        self.first = False
+
+    def _totals(self, source: str, outputs: Any, likelihood: Likelihood, batch: Batch) -> Iterator[Tensor]:
+        if source == "sampled":
+            for _ in range(self.samples):
+                yield likelihood.total(outputs, batch) / self.samples**0.5  # m samples count 1/m each
+            return
+        if batch.targets is None or self.loss is None:
+            raise BadData("the source 'empirical' needs targets and a loss of them; use sampled or exact")
+        if "loss" not in self.facts:
+            self.loss = settle(self.loss, outputs, batch.targets, batch.count)
+            separable(self.loss, outputs, batch.targets, batch.count)
+            self.facts |= {"loss": self.loss.name, "reduction": self.loss.reduction}
+        yield self.loss.total(outputs, batch.targets, batch.count)
+
+    def _source(self, outputs: Any, likelihood: Likelihood, batch: Batch) -> str:
+        if self.source == "auto":
+            self.source = self._automatic(outputs, batch)
+        self.facts["source"] = self.source
+        if self.source != "empirical":
+            self.facts |= {"loss": "none" if self.loss is None else self.loss.name, "family": likelihood.family}
+        return self.source
+
+    def _automatic(self, outputs: Any, batch: Batch) -> str:
+        try:
+            columns = Likelihood(self.loss, 0)
+            values = columns._values(outputs)
+        except BadData:
+            return "empirical"
+        per_example = values.numel() // max(1, batch.count)
+        small = per_example <= EXACT_CLASSES if columns.family == CATEGORICAL else per_example <= EXACT_CLASSES
+        return "exact" if small else "sampled"
+
+    def _sink(self, observation: Observation) -> None:
+        for pairs in observation.chunks():
+            for sink in self.sinks:
+                sink.add(observation.block, pairs, self.first)
+
+
+def _detached(program: Program) -> Program:
+    """Return a view of a Program whose parameters ask for no gradients: taps alone do, so no weight's is formed."""
+    held = program.module()
+    module = ProgramModule({"eval": copy_graph(held.graphs["eval"])}, held.signature)
+    made: dict[int, Tensor] = {}
+    for name, value in named_tensors(held).items():
+        if id(value) not in made:
+            plain = value.detach()
+            made[id(value)] = nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else value
+        put_tensor(module, name, made[id(value)])
+    module.eval()
+    return Program(module, program.example_inputs, program.axes)

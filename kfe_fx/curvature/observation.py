@@ -1,0 +1,197 @@
+"""One forward and backward pass as the taps see it: rows of each block, whole or in chunks of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from kfe_fx.curvature.blocks import Block, Site, Use
+from kfe_fx.curvature.direct import Moment, per_example
+from kfe_fx.curvature.layout import rows
+from kfe_fx.curvature.operands import Operand
+from kfe_fx.curvature.pairs import Pairs, joined
+from kfe_fx.program import Program
+
+CHUNK = 8 << 20  # bytes of rows at a time
+
+
+@dataclass
+class Seen:
+    """What one tap saw: the tensors it keeps, and the gradient by its output."""
+
+    use: Use
+    inputs: list[Tensor]
+    grad: Tensor
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward pass: how many examples, the flat inputs (for their sizes), and what has been seen of it."""
+
+    examples: int
+    mode: str
+    inputs: dict[str, Any]
+    pending: dict[str, list[Seen]] = field(default_factory=dict)
+
+
+@dataclass
+class Observation:
+    """All that one backward pass says about one block.
+
+    ``scale`` multiplies every gradient: N where the loss was a mean over the examples.
+    """
+
+    program: Program
+    block: Block
+    run: Run
+    seen: list[Seen]
+    scale: float = 1.0
+
+    @property
+    def examples(self) -> int:
+        """The number of examples N."""
+        return self.run.examples
+
+    def finite(self) -> bool:
+        """Tell whether every gradient is finite."""
+        return all(bool(torch.isfinite(seen.grad.sum())) for seen in self.seen)
+
+    def chunks(self) -> Iterator[Pairs]:
+        """Yield the rows of all examples, a bounded number of bytes at a time."""
+        if self.block.kind == "diagonal":
+            yield from self._gradients()
+            return
+        prepared = [self._prepared(seen) for seen in self.seen]
+        step = max(1, min(self.examples, CHUNK // max(1, sum(self._bytes(*part) for part in prepared))))
+        for start in range(0, self.examples, step):
+            stop = start + step
+            yield joined([self._pairs(use, data[start:stop], grad[start:stop]) for use, data, grad in prepared])
+
+    def _prepared(self, seen: Seen) -> tuple[Use, Tensor, Tensor]:
+        site, pairing = seen.use.site, seen.use.site.pairing
+        assert pairing is not None
+        data = seen.inputs[site.inputs.index(pairing.data)]
+        data = rows(site.layouts[pairing.data.name], data, self.examples)
+        return seen.use, data, rows(site.layouts[site.name], seen.grad, self.examples)
+
+    def _pairs(self, use: Use, data: Tensor, grad: Tensor) -> Pairs:
+        assert use.site.pairing is not None
+        if self.scale != 1.0:
+            grad = grad * self.scale
+        made = use.site.pairing.pairs(data, grad, use.column)
+        return made.swapped() if use.transposed else made
+
+    def _bytes(self, use: Use, data: Tensor, grad: Tensor) -> int:
+        assert use.site.pairing is not None
+        groups, high, wide = self.block.shape
+        if use.transposed:
+            high, wide = wide, high
+        positions = use.site.pairing.positions(data[0], grad[0], groups * high)
+        if all(seen.use.site.pairing.sparse for seen in self.seen):  # type: ignore[union-attr]
+            high = 0
+        return positions * groups * (high + wide) * grad.element_size()
+
+    def _gradients(self) -> Iterator[Pairs]:
+        """Yield per-example gradients of a parameter without pairs of rows, as [1, n, 1, P] beside ones."""
+        size = self.block.shape[2]
+        whole = self.seen[0].grad.element_size() * size * 4
+        step = max(1, min(self.examples, CHUNK // max(1, whole)))
+        if step >= self.examples or any(_densely(seen.use) is None for seen in self.seen):
+            step = self.examples
+        for start in range(0, self.examples, step):
+            stop = min(self.examples, start + step)
+            total = sum(self._gradient(seen, start, stop) for seen in self.seen)
+            assert isinstance(total, Tensor)
+            right = total.reshape(1, stop - start, 1, size)
+            if self.scale != 1.0:
+                right = right * self.scale
+            yield Pairs(right.new_ones(1, stop - start, 1, 1), right)
+
+    def _gradient(self, seen: Seen, start: int, stop: int) -> Tensor:
+        """Return [n, P]: the gradient of each example by the block's parameter through one use."""
+        site, operand = seen.use.site, seen.use.operand
+        pairing = _densely(seen.use)
+        if pairing is not None:
+            _, data, grad = self._prepared(seen)
+            left, right = pairing.pairs(data[start:stop], grad[start:stop], None).dense()
+            made = torch.matmul(left.transpose(2, 3), right)  # [K, n, o, i]
+            value = operand.value(self.program, self._parameters(operand), self.run.inputs)
+            found = torch.stack([pairing.tensor(made[:, n], tuple(value.shape)) for n in range(made.shape[1])])
+        else:
+            moment = Moment(site.node, self._values(seen), seen.grad)
+            found = per_example(moment, operand.node, site.layouts[site.name], self.examples)[start:stop]
+        return self._pulled_back(operand, found)
+
+    def _pulled_back(self, operand: Operand, grads: Tensor) -> Tensor:
+        """Turn gradients by an operand [n, *shape] into gradients by the block's parameter [n, P]."""
+        name = self.block.weight
+        if operand.plain:
+            return grads.reshape(len(grads), -1)
+        if operand.movement:
+            index = operand.index(self.program, self.run.inputs).reshape(-1)
+            return grads.new_zeros(len(grads), self.block.shape[2]).index_add_(1, index, grads.reshape(len(grads), -1))
+        leaf = self.program.tensor(name).detach().requires_grad_()
+        parameters = self._parameters(operand) | {name: leaf}
+        with torch.enable_grad():
+            value = operand.value(self.program, parameters, self.run.inputs)
+        found = [
+            torch.autograd.grad(value, leaf, grad, retain_graph=True, allow_unused=True)[0]
+            if value.requires_grad
+            else None
+            for grad in grads
+        ]
+        return torch.stack([torch.zeros_like(leaf) if one is None else one for one in found]).reshape(len(grads), -1)
+
+    def _parameters(self, operand: Operand) -> dict[str, Tensor]:
+        return {name: self.program.tensor(name).detach() for name in operand.names}
+
+    def _values(self, seen: Seen) -> dict[fx.Node, Any]:
+        """Compute the value of every argument of a site."""
+        site = seen.use.site
+        known: dict[fx.Node, Any] = dict(zip(site.inputs, seen.inputs, strict=True))
+        for operand in site.operands:
+            known[operand.node] = operand.value(self.program, self._parameters(operand), self.run.inputs)
+        for node in site.node.all_input_nodes:
+            self._value(node, known)
+        return known
+
+    def _value(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        if node not in known:
+            if node.op == "get_attr":
+                known[node] = self.program.tensor(str(node.target)).detach()
+            elif node.op == "placeholder":
+                known[node] = self.run.inputs[str(node.target)]
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._value(arg, known))
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return known[node]
+
+
+def _densely(use: Use) -> Any:
+    """Return the pairing of a use whose weight is computed: its gradient is formed per example."""
+    pairing = use.site.pairing
+    return pairing if pairing is not None and use.operand.node is pairing.weight else None
+
+
+def expected(block: Block, mode: str) -> int:
+    """Count the taps that belong to a block in one mode."""
+    return len(block.uses.get(mode, ()))
+
+
+def uses_by_site(blocks: tuple[Block, ...], mode: str) -> dict[str, list[tuple[Block, Use]]]:
+    """Map each site to the blocks that it feeds."""
+    found: dict[str, list[tuple[Block, Use]]] = {}
+    for block in blocks:
+        for use in block.uses.get(mode, ()):
+            found.setdefault(use.site.name, []).append((block, use))
+    return found
+
+
+def shows(site: Site) -> str:
+    """Name a site for a message: module path, else source line, else node."""
+    return str(site.node.meta.get("module") or site.node.meta.get("source") or site.node.name)

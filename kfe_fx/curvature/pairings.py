@@ -1,0 +1,276 @@
+"""How each operation with a weight makes that weight's gradient out of pairs of rows; one rule an operation.
+
+A rule looks at a node and returns a ``Pairing``: which argument is the weight, which the data, how the weight reads as a
+matrix [K, o, i] (K groups), and what the rows are. An operation without a rule still has exact second moments, by
+``kfe_fx.curvature.direct``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kfe_fx.curvature.pairs import OneHot, Pairs, with_ones, with_zeros
+from kfe_fx.curvature.patches import patches
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Pairing(ABC):
+    """One use of a weight. ``weight``, ``bias`` and ``data`` are nodes; ``bias`` may be None.
+
+    ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows.
+    """
+
+    weight: fx.Node
+    bias: fx.Node | None
+    data: fx.Node
+
+    has_column = True
+    sparse = False  # whether the left rows are one-hot
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as [K, o, i]."""
+
+    @abstractmethod
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo ``matrix``."""
+
+    @abstractmethod
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """Return the rows of n examples.
+
+        Args:
+            data: [n, ...], what went in, examples first.
+            grad: [n, ...], gradient of each example's loss by what came out.
+            column: append a coordinate of ones (True) or zeros (False) to the right rows, or none.
+        """
+
+    def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
+        """Count the positions R of one example; ``rows`` is K·o."""
+        return grad.numel() // rows
+
+    def bias_matrix(self, bias: Tensor, groups: int) -> Tensor:
+        """View the bias as [K, o]."""
+        return bias.reshape(groups, -1)
+
+
+def _column(right: Tensor, column: bool | None) -> Tensor:
+    return right if column is None else with_ones(right) if column else with_zeros(right)
+
+
+def _pairs(left: Tensor | OneHot, right: Tensor, given: str) -> Pairs:
+    return Pairs(left, right, ((right.shape[2], given),))
+
+
+@dataclass(frozen=True)
+class Linear(Pairing):
+    """``y[..., o] = sum_i W[o, i] x[..., i] + b[o]``."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Put a group of one in front."""
+        return weight.unsqueeze(0)
+
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Take it away."""
+        return matrix.reshape(shape)
+
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """All dims between the example and the feature are positions."""
+        n = len(data)
+        right = data.reshape(1, n, -1, data.shape[-1])
+        return _pairs(grad.reshape(1, n, -1, grad.shape[-1]), _column(right, column), "right")
+
+
+@dataclass(frozen=True)
+class Embedding(Pairing):
+    """``y[...] = W[index[...]]``: the left rows are one-hot, so G is the diagonal of the counts."""
+
+    padding: int = -1
+    size: int = 0
+
+    has_column = False
+    sparse = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Put a group of one in front."""
+        return weight.unsqueeze(0)
+
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Take it away."""
+        return matrix.reshape(shape)
+
+    def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
+        """Count the indices."""
+        return data.numel()
+
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """A padded position gives nothing."""
+        n = len(data)
+        index = data.reshape(n, -1).long()
+        if self.padding >= 0:
+            index = index.where(index != self.padding, -1)
+        return _pairs(OneHot(index, self.size), grad.reshape(1, n, -1, grad.shape[-1]), "left")
+
+
+@dataclass(frozen=True)
+class Convolution(Pairing):
+    """A convolution in any number of dims: the right rows are patches, i = (C / K)·prod(kernel), R output positions."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return [K, O / K, C / K * prod(kernel)]."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo ``matrix``."""
+        return matrix.reshape(shape)
+
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """Unfold the input; examples folded into the first dim become more positions."""
+        n, rank = len(data), len(self.stride)
+        image, out = data.reshape(-1, *data.shape[-rank - 1 :]), grad.reshape(-1, *grad.shape[-rank - 1 :])
+        made = patches(
+            image,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            tuple(out.shape[2:]),
+            self.groups,
+            ones=column is True,
+        )  # [K, i, M, R]
+        right = made.flatten(2).unflatten(2, (n, -1)).permute(0, 2, 3, 1)
+        if column is False:
+            right = with_zeros(right)
+        left = out.reshape(len(out), self.groups, -1, out[0, 0].numel()).permute(1, 2, 0, 3)  # [K, o, M, R]
+        left = left.reshape(self.groups, left.shape[1], n, -1).permute(0, 2, 3, 1)
+        return _pairs(left, right, "right")
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Pairing):
+    """A transposed convolution: W [C, O / K, *kernel]; the left rows are the inputs, the right ones patches of g."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    has_column = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return [K, C / K, O / K * prod(kernel)]."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo ``matrix``."""
+        return matrix.reshape(shape)
+
+    def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
+        """Count the input positions."""
+        return data.numel() // rows
+
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """Unfold the gradient as the convolution that this one is the transpose of."""
+        n, rank = len(data), len(self.stride)
+        image, out = data.reshape(-1, *data.shape[-rank - 1 :]), grad.reshape(-1, *grad.shape[-rank - 1 :])
+        made = patches(
+            out, self.kernel, self.stride, self.padding, self.dilation, tuple(image.shape[2:]), self.groups
+        )  # [K, i, M, R]
+        right = made.flatten(2).unflatten(2, (n, -1)).permute(0, 2, 3, 1)
+        left = image.reshape(len(image), self.groups, -1, image[0, 0].numel()).permute(1, 2, 0, 3)
+        left = left.reshape(self.groups, left.shape[1], n, -1).permute(0, 2, 3, 1)
+        return _pairs(left, right, "left")
+
+
+@dataclass(frozen=True)
+class Contraction(Pairing):
+    """An einsum of data and one weight in letters, one per dim; "" is a dim of size one.
+
+    Letters of the weight are groups K (also in data and output), inputs i (in the data, summed) and outputs o (in the
+    output alone); letters that only data and output share are positions. ``data_letters`` and ``out_letters`` leave out
+    the dim that counts the examples.
+    """
+
+    data_letters: tuple[str, ...] = ()
+    weight_letters: tuple[str, ...] = ()
+    out_letters: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    has_column = False
+
+    def _kinds(self) -> tuple[list[str], list[str], list[str]]:
+        data, out = self.data_letters, self.out_letters
+        letters = [letter for letter in self.weight_letters if letter]
+        return (
+            [letter for letter in letters if letter in data and letter in out],
+            [letter for letter in letters if letter in out and letter not in data],
+            [letter for letter in letters if letter in data and letter not in out],
+        )
+
+    def _order(self) -> list[int]:
+        order = [self.weight_letters.index(letter) for kind in self._kinds() for letter in kind]
+        return order + [place for place, letter in enumerate(self.weight_letters) if not letter]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Order the letters as groups, outputs, inputs."""
+        size = dict(zip(self.weight_letters, weight.shape, strict=True))
+        sizes = [math.prod(size[letter] for letter in kind) for kind in self._kinds()]
+        return weight.permute(self._order()).reshape(sizes)
+
+    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo ``matrix``."""
+        order = self._order()
+        moved = matrix.reshape([shape[place] for place in order])
+        return moved.permute([order.index(place) for place in range(len(order))])
+
+    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+        """Bring both sides to [K, n, R, .]."""
+        groups, outputs, inputs = self._kinds()
+        known = {*groups, *outputs, *inputs, ""}
+        positions = [x for x in self.data_letters if x in self.out_letters and x not in known]
+        left = _arranged(grad, self.out_letters, groups, positions, outputs)
+        right = _arranged(data, self.data_letters, groups, positions, inputs)
+        return _pairs(left if self.scale == 1 else left * self.scale, right, "right")
+
+
+def _arranged(value: Tensor, letters: tuple[str, ...], *kinds: list[str]) -> Tensor:
+    names = ["N", *(["folded"] if value.dim() == len(letters) + 2 else []), *letters]
+    groups, positions, last = kinds
+    positions = ["folded", *positions] if "folded" in names else positions
+    order = [names.index(letter) for letter in [*groups, "N", *positions, *last]]
+    order += [place for place, letter in enumerate(names) if not letter]
+    sizes = [
+        math.prod(value.shape[names.index(letter)] for letter in kind) for kind in (groups, ["N"], positions, last)
+    ]
+    return value.permute(order).reshape(sizes)
+
+
+Rule = Callable[[Any, fx.Node], "Pairing | None"]
+PAIRINGS: dict[Any, Rule] = {}
+
+
+def pairing(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of operations; it is called with the analysis (``fixed``, ``shape``) and the node."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            PAIRINGS[target] = function
+        return function
+
+    return register

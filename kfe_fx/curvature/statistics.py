@@ -1,0 +1,205 @@
+"""What is accumulated over batches: K-FAC factors, second moments in a basis, and their running-average cousin.
+
+Each statistic is a sum with its counts, so that it adds over batches, shards and processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfe_fx.curvature.blocks import Block
+from kfe_fx.curvature.kernels import add_gram, add_second_moments, symmetric
+from kfe_fx.curvature.pairs import OneHot, Pairs
+
+EXPAND, REDUCE = "expand", "reduce"
+MAX_DENSE = 8192  # wider sides keep their diagonal
+
+
+class Statistic(ABC):
+    """A sum over examples, per block."""
+
+    @abstractmethod
+    def add(self, block: Block, pairs: Pairs, first: bool) -> None:
+        """Add the rows of a few examples.
+
+        Args:
+            block: whose rows.
+            pairs: left [K, n, R, o] and right [K, n, R, i].
+            first: whether this is the first of several backward passes over the same examples (exact sources take one
+                per column): what depends on the inputs alone is counted then.
+        """
+
+
+@dataclass
+class FactorSums:
+    """Sums behind A and G of a block.
+
+    ``A`` [K, i, i] and ``G`` [K, o, o] are upper block triangles (or diagonals [K, i] where a side is wide or one-hot);
+    ``rows`` counts what A is averaged over, ``examples`` what G is.
+    """
+
+    A: Tensor
+    G: Tensor
+    rows: float = 0.0
+    examples: float = 0.0
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return A and G, symmetric or diagonal.
+
+        expand: A = sum a a^T / (N R), G = sum g g^T / N (Eschenhagen et al. 2023; the product is that of KFC, Grosse &
+        Martens 2016). reduce: both are means over examples.
+        """
+        A = symmetric(self.A) if self.A.dim() == 3 else self.A
+        G = symmetric(self.G) if self.G.dim() == 3 else self.G
+        return A / max(self.rows, 1.0), G / max(self.examples, 1.0)
+
+
+@dataclass
+class Factors(Statistic):
+    """Kronecker factors A and G of each block with pairs of rows.
+
+    ``sharing`` says how the positions r of an example count: "expand" treats each as an example, "reduce" averages the
+    inputs and sums the gradients of an example first.
+    """
+
+    sharing: str = EXPAND
+    sums: dict[str, FactorSums] = field(default_factory=dict)
+
+    def add(self, block: Block, pairs: Pairs, first: bool) -> None:
+        """Add to A (on the first pass) and to G; a diagonal block has none."""
+        if block.kind == "diagonal":
+            return
+        sums = self.sums.get(block.name)
+        if sums is None:
+            like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left
+            assert isinstance(like, Tensor)
+            sums = self.sums[block.name] = empty_factors(block, like)
+        left = pairs.left if first else pairs.gradients("left")
+        right = pairs.right if first else pairs.gradients("right")
+        shape = _count(pairs.right)
+        if first:
+            sums.rows += shape[0] * (1 if self.sharing == REDUCE else shape[1])
+            sums.examples += shape[0]
+        if right is not None:
+            _add_side(sums.A, right, "mean" if self.sharing == REDUCE else "")
+        if left is not None:
+            _add_side(sums.G, left, "sum" if self.sharing == REDUCE else "")
+
+
+def _count(rows: Tensor | OneHot) -> tuple[int, int]:
+    """Return the numbers of examples and of positions."""
+    n, positions = rows.index.shape if isinstance(rows, OneHot) else rows.shape[1:3]
+    return n, positions
+
+
+def empty_factors(block: Block, like: Tensor) -> FactorSums:
+    """Make zero sums for a block in the type and on the device of ``like``."""
+    groups, high, wide = block.shape
+    sparse = all(
+        use.site.pairing is not None and use.site.pairing.sparse for uses in block.uses.values() for use in uses
+    )
+    flat = sparse or high > MAX_DENSE
+    A = like.new_zeros((groups, wide) if wide > MAX_DENSE else (groups, wide, wide))
+    return FactorSums(A, like.new_zeros((groups, high) if flat else (groups, high, high)))
+
+
+def _add_side(total: Tensor, rows: Tensor | OneHot, over: str) -> None:
+    """Add the Gram matrix of rows, or of their "sum" or "mean" over the positions of each example."""
+    if isinstance(rows, OneHot):
+        counts = _squared_counts(rows, over).to(total.dtype)
+        (total[0] if total.dim() == 2 else total[0].diagonal()).add_(counts)
+        return
+    if over:
+        rows = rows.sum(2, keepdim=True) if over == "sum" else rows.mean(2, keepdim=True)
+    if total.dim() == 2:
+        total.add_(rows.flatten(1, 2).square().sum(1))
+    else:
+        add_gram(total, rows.flatten(1, 2))
+
+
+def _squared_counts(rows: OneHot, over: str) -> Tensor:
+    """Return the diagonal of the Gram matrix of one-hot rows: how often each entry is hit, squared per example if summed."""
+    valid = rows.index >= 0
+    if not over:
+        return torch.bincount(rows.index[valid], minlength=rows.size)
+    example = torch.arange(len(rows.index), device=rows.index.device).unsqueeze(1).expand_as(rows.index)
+    keys, counts = (example * rows.size + rows.index)[valid].unique(return_counts=True)
+    scale = 1.0 if over == "sum" else 1.0 / rows.index.shape[1]
+    made = torch.zeros(rows.size, dtype=torch.float64, device=rows.index.device)
+    return made.index_add_(0, keys % rows.size, (counts.double() * scale).square())
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Eigenbases of a block: ``U_A`` [K, i, i], ``U_G`` [K, o, o], or None for the identity."""
+
+    U_A: Tensor | None = None
+    U_G: Tensor | None = None
+
+
+IDENTITY = Basis()
+
+
+@dataclass
+class MomentSums:
+    """``S`` [K, o, i]: sum over examples of squares; ``mean`` [K, o, i] the sum itself of a batch, or None."""
+
+    S: Tensor
+    examples: float = 0.0
+    mean: Tensor | None = None
+
+
+@dataclass
+class Moments(Statistic):
+    """Second moments ``S*_jk = E_n[ (U_G^T dW_n U_A)_jk^2 ]`` (George et al. 2018, equation 7).
+
+    Without bases they are the diagonal of the gradient's second moment in the parameters themselves. ``means`` keeps the
+    sum of the rotated gradients too.
+    """
+
+    bases: dict[str, Basis] = field(default_factory=dict)
+    means: bool = False
+    sums: dict[str, MomentSums] = field(default_factory=dict)
+
+    def add(self, block: Block, pairs: Pairs, first: bool) -> None:
+        """Add the squares of a few examples."""
+        sums = self.sums.get(block.name)
+        if sums is None:
+            like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left
+            assert isinstance(like, Tensor)
+            sums = self.sums[block.name] = MomentSums(like.new_zeros(block.shape))
+            sums.mean = torch.zeros_like(sums.S) if self.means else None
+        if first:
+            sums.examples += _count(pairs.left)[0]
+        basis = self.bases.get(block.name, IDENTITY)
+        if isinstance(pairs.left, OneHot) and basis.U_G is None and isinstance(pairs.right, Tensor):
+            _add_sparse(sums, pairs.left, pairs.right, basis.U_A)
+        else:
+            left, right = pairs.dense()
+            add_second_moments(sums.S, left, right, basis.U_G, basis.U_A, sums.mean)
+
+
+def _add_sparse(sums: MomentSums, left: OneHot, right: Tensor, basis: Tensor | None) -> None:
+    """Add an embedding's squares: rows of one example that hit the same entry are summed before."""
+    rows = right[0] if basis is None else right[0] @ basis[0]  # [n, R, i]
+    valid = left.index >= 0
+    example = torch.arange(len(rows), device=rows.device).unsqueeze(1).expand_as(left.index)
+    keys = (example * left.size + left.index)[valid]
+    unique, place = keys.unique(return_inverse=True)
+    totals = rows.new_zeros(len(unique), rows.shape[-1]).index_add_(0, place, rows[valid])
+    entry = unique % left.size
+    sums.S[0].index_add_(0, entry, totals.square())
+    if sums.mean is not None:
+        sums.mean[0].index_add_(0, entry, totals)
+
+
+@dataclass
+class RunningSums:
+    """Sum over batches of B·(mean rotated gradient)², and how many batches."""
+
+    S: Tensor
+    batches: float = 0.0

@@ -1,0 +1,1 @@
+"""Optimizers that precondition with the curvature of the taps."""

@@ -1,0 +1,129 @@
+"""The distribution of labels that a network's outputs stand for: drawn from, or taken whole.
+
+Scores [N, C, ...] with C > 1 are logits of a softmax (or already its probabilities); anything else is the mean of a
+Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last. A loss by name ("cross-entropy", "mse")
+decides instead, and brings its scale: the loss of an example is the mean over its positions or elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfe_fx.errors import BadData, UsageError
+from kfe_fx.training.batches import Batch
+from kfe_fx.training.losses import Loss, main_output
+
+CATEGORICAL, GAUSSIAN = "categorical", "Gaussian"
+MAX_COLUMNS = 1024
+
+
+class Likelihood:
+    """Draw labels and take the negative log-likelihood of them, or go through its whole second derivative."""
+
+    def __init__(self, loss: Loss | None, seed: int) -> None:
+        """Take the family from the loss if it is one of ours; draw with ``seed``."""
+        self.loss = loss
+        self.generator = torch.Generator().manual_seed(seed)
+        self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.name, "") if loss is not None else ""
+
+    def total(self, outputs: object, batch: Batch) -> Tensor:
+        """Return the sum over examples of -log p(y | x) with y drawn from p( . | x).
+
+        Raises:
+            BadData: a loss of the user's own was given, for which no distribution is known.
+        """
+        values = self._values(outputs)
+        if self.family == GAUSSIAN:
+            noise = torch.randn(values.shape, dtype=values.dtype, generator=self.generator).to(values.device)
+            scale = self._gaussian_scale(values, batch.count)
+            return 0.5 * ((values - (values.detach() + noise / scale)) ** 2).sum() * scale**2
+        scores = self._scores(values, batch)
+        logs = _log_probabilities(scores)
+        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=self.generator)[:, 0].to(logs.device)
+        return F.nll_loss(logs, drawn, reduction="sum") * batch.count / len(logs)
+
+    def columns(self, outputs: object, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (outputs, S_c) with ``sum_c S_c S_c^T`` the second derivative of each example's loss by its outputs.
+
+        For a softmax S_c = sqrt(p_c) d log p_c / d outputs, so that the sum is diag(p) - p p^T; for a Gaussian of
+        variance v unit vectors over sqrt(v). Examples share a column, positions of one example do not.
+
+        Raises:
+            BadData: a loss of the user's own was given, for which no distribution is known.
+            UsageError: there are more than 1,024 columns.
+        """
+        values = self._values(outputs)
+        if self.family == GAUSSIAN:
+            yield from self._gaussian_columns(values, batch.count)
+            return
+        scores = self._scores(values, batch)
+        positions, classes = len(scores) // batch.count, scores.shape[1]
+        _bound(positions * classes)
+        with torch.no_grad():
+            chances = _log_probabilities(scores).exp()
+            weight = (chances / positions).sqrt()
+            identity = torch.eye(classes, dtype=scores.dtype, device=scores.device)
+            if _normalised(scores):
+                slopes = identity / chances.clamp_min(torch.finfo(scores.dtype).tiny).unsqueeze(1)
+            else:
+                slopes = identity - chances.unsqueeze(1)  # [N * positions, class drawn, score]
+        for position in range(positions):
+            for drawn in range(classes):
+                column = torch.zeros_like(scores)
+                rows = slice(position, None, positions)
+                column[rows] = weight[rows, drawn, None] * slopes[rows, drawn]
+                yield scores, column
+
+    def _gaussian_columns(self, values: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        flat = values.reshape(count, -1)
+        _bound(flat.shape[1])
+        scale = self._gaussian_scale(values, count)
+        for element in range(flat.shape[1]):
+            column = torch.zeros_like(flat)
+            column[:, element] = scale
+            yield flat, column
+
+    def _gaussian_scale(self, values: Tensor, count: int) -> float:
+        """Return 1 / standard deviation: the loss (1/O) sum (y - t)^2 is that of a variance O / 2."""
+        return 1.0 if self.loss is None else math.sqrt(2.0 * count / values.numel())
+
+    def _values(self, outputs: object) -> Tensor:
+        if self.loss is not None and not self.family:
+            raise BadData(
+                f"the loss {self.loss.name!r} has no known distribution of labels to draw from; give targets for it, or "
+                "name cross-entropy or mse"
+            )
+        values = main_output(outputs)
+        if not self.family:
+            self.family = CATEGORICAL if values.dim() >= 2 and values.shape[1] > 1 else GAUSSIAN
+        return values
+
+    def _scores(self, values: Tensor, batch: Batch) -> Tensor:
+        tokens = any(
+            isinstance(v, Tensor) and not v.is_floating_point() and v.shape == values.shape[:2] for v in batch.inputs
+        )
+        scores = values if values.dim() > 2 and tokens else values.movedim(1, -1)
+        return scores.reshape(-1, scores.shape[-1])  # [N * positions, C]
+
+
+def _normalised(scores: Tensor) -> bool:
+    sums = scores.detach().sum(1)
+    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+
+
+def _log_probabilities(scores: Tensor) -> Tensor:
+    if _normalised(scores):
+        return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    return F.log_softmax(scores, 1)
+
+
+def _bound(columns: int) -> None:
+    if columns > MAX_COLUMNS:
+        raise UsageError(
+            f"the exact Fisher takes one backward pass per output, here {columns} of them; use the source 'sampled'"
+        )
