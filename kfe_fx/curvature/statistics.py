@@ -135,10 +135,19 @@ def _squared_counts(rows: OneHot, over: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Basis:
-    """Eigenbases of a block: ``U_A`` [K, i, i], ``U_G`` [K, o, o], or None for the identity."""
+    """Eigenbases of a block: ``U_A`` [K, i, i], ``U_G`` [K, o, o] (or fewer columns), or None for the identity."""
 
     U_A: Tensor | None = None
     U_G: Tensor | None = None
+
+    def turned(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the shape of a matrix [K, o, i] in this basis."""
+        groups, high, wide = shape
+        return (
+            groups,
+            high if self.U_G is None else self.U_G.shape[-1],
+            wide if self.U_A is None else self.U_A.shape[-1],
+        )
 
 
 IDENTITY = Basis()
@@ -171,7 +180,8 @@ class Moments(Statistic):
         if sums is None:
             like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left
             assert isinstance(like, Tensor)
-            sums = self.sums[block.name] = MomentSums(like.new_zeros(block.shape))
+            shape = self.bases.get(block.name, IDENTITY).turned(block.shape)
+            sums = self.sums[block.name] = MomentSums(like.new_zeros(shape))
             sums.mean = torch.zeros_like(sums.S) if self.means else None
         if first:
             sums.examples += _count(pairs.left)[0]

@@ -1,0 +1,76 @@
+"""K-FAC: natural gradient with Kronecker factors, damped exactly or by factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfe_fx.curvature.blocks import Block
+from kfe_fx.curvature.distributed import Group
+from kfe_fx.errors import UsageError
+from kfe_fx.optim.ekfac import EKFAC
+from kfe_fx.optim.moving import factor
+from kfe_fx.program import Program
+
+
+class KFAC(EKFAC):
+    """K-FAC (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions; "expand" of Eschenhagen et al. 2023).
+
+        damping_kind="exact":     update = U_G [ (U_G^T grad U_A) / (lam_G lam_A^T + eps) ] U_A^T
+        damping_kind="factored":  update = (G + sqrt(eps)/pi I)^{-1} grad (A + pi sqrt(eps) I)^{-1},
+                                  pi = sqrt( (tr A / dim A) / (tr G / dim G) ), 1 where a trace is zero
+
+    ``eps`` is ``damping`` times the mean of lam_G lam_A^T. The rest is as in ``EKFAC``, whose arguments it takes; S* is not
+    tracked.
+    """
+
+    tracks = False
+
+    def __init__(self, program: Program, params: Any = None, *, damping_kind: str = "exact", **options: Any) -> None:
+        """Attach to a Program; see ``EKFAC``.
+
+        Raises:
+            UsageError: an argument has a value that means nothing.
+        """
+        if damping_kind not in ("exact", "factored"):
+            raise UsageError(f"there is no damping_kind {damping_kind!r}; choose exact or factored")
+        if damping_kind == "factored" and options.get("rank") is not None:
+            raise UsageError("factored damping needs whole factors; leave out rank, or take damping_kind='exact'")
+        self.damping_kind = damping_kind
+        super().__init__(program, params, **options)
+
+    def _refresh(self, block: Block, state: dict[str, Any], group: Group, owner: int) -> None:
+        if self.damping_kind == "exact":
+            super()._refresh(block, state, group, owner)
+            return
+        A, G = factor(state, "A"), factor(state, "G")
+        damping = self._groups[id(self.program.tensor(block.weight))]["damping"]
+        means = [(one.diagonal(dim1=1, dim2=2) if one.dim() == 3 else one).mean(1) for one in (A, G)]
+        eps = damping * means[0] * means[1]
+        live = (means[0] > 0) & (means[1] > 0)
+        pi = torch.where(live, (means[0] / means[1].where(live, 1.0)).sqrt(), 1.0)
+        state["inverse_A"] = _inverse(A, pi * eps.sqrt())
+        state["inverse_G"] = _inverse(G, eps.sqrt() / pi)
+        state["S"] = A.new_zeros(1)  # there is a basis to speak of
+
+    def _precondition(self, block: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.block_state(block)
+        if "inverse_A" not in state:
+            return super()._precondition(block, grad)
+        A, G = state["inverse_A"], state["inverse_G"]
+        made = torch.bmm(G, grad) if G.dim() == 3 else G.unsqueeze(2) * grad
+        update = torch.bmm(made, A) if A.dim() == 3 else made * A.unsqueeze(1)
+        return update, (update * grad).sum()
+
+
+def _inverse(matrix: Tensor, damping: Tensor) -> Tensor:
+    """Invert [K, d, d] + damping [K], or a diagonal [K, d]; a dead factor inverts to zero."""
+    dead = damping <= 0
+    if matrix.dim() == 2:
+        return torch.where(dead.view(-1, 1), 0.0, 1 / (matrix + damping.view(-1, 1)).clamp_min(1e-30))
+    eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    wide = matrix.double() + damping.where(~dead, 1.0).double().view(-1, 1, 1) * eye
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide)).to(matrix)
+    return inverse * (~dead).view(-1, 1, 1)

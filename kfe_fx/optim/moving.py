@@ -1,0 +1,68 @@
+"""Moving averages of Kronecker factors, and the bases made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfe_fx.curvature.blocks import Block
+from kfe_fx.curvature.distributed import Group
+from kfe_fx.curvature.eigen import eigenbasis
+from kfe_fx.curvature.kernels import symmetric
+from kfe_fx.curvature.statistics import Factors, FactorSums, empty_factors
+
+
+@dataclass
+class Moving:
+    """Factors of one block as an exponential moving average in its optimizer state.
+
+    ``A <- decay A + (1 - decay) A_batch``, corrected for the start from zero by ``weight``, the sum of the weights.
+    """
+
+    decay: float
+    sums: Factors = field(default_factory=Factors)
+
+    def absorb(self, block: Block, state: dict[str, Any], group: Group, like: Tensor) -> bool:
+        """Move a block's averages towards what was summed since; tell whether there was anything."""
+        sums: FactorSums | None = self.sums.sums.pop(block.name, None)
+        examples = group.sum_number(0.0 if sums is None else sums.examples)
+        if not examples:
+            return False
+        if sums is None:  # another rank has seen something
+            sums = empty_factors(block, like)
+        group.sum([sums.A, sums.G])
+        sums.rows, sums.examples = group.sum_number(sums.rows), examples
+        for key, total, count in (("A", sums.A, sums.rows), ("G", sums.G, sums.examples)):
+            if key in state:
+                state[key].mul_(self.decay).add_(total, alpha=(1 - self.decay) / count)
+            else:
+                state[key] = total.mul_((1 - self.decay) / count)
+        state["weight"] = self.decay * state.get("weight", 0.0) + (1 - self.decay)
+        return True
+
+
+def factor(state: dict[str, Any], key: str) -> Tensor:
+    """Return a moving average, symmetric [K, d, d] or diagonal [K, d], corrected for its start."""
+    total: Tensor = state[key]
+    return (symmetric(total) if total.dim() == 3 else total) / state["weight"]
+
+
+def decompose(state: dict[str, Any], group: Group, owner: int, keys: Iterable[str] = ("A", "G")) -> None:
+    """Refresh a block's eigenbases on the rank that owns it, and share them."""
+    for key in keys:
+        total: Tensor = state[key]
+        if group.rank == owner:
+            found = eigenbasis(factor(state, key))
+            values, vectors = found.values.contiguous(), found.vectors
+        else:
+            values, vectors = total.new_empty(total.shape[:2]), torch.empty_like(total) if total.dim() == 3 else None
+        group.share(values, owner)
+        state[f"lam_{key}"] = values
+        if vectors is not None:
+            vectors = vectors.contiguous()
+            group.share(vectors, owner)
+            state[f"U_{key}"] = vectors
