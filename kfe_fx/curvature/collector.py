@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from kfe_fx import taps
 from kfe_fx.curvature.blocks import Block, Blocks
+from kfe_fx.curvature.examples import pinned_examples
 from kfe_fx.curvature.observation import Observation, Run, Seen, expected, uses_by_site
 from kfe_fx.program import Program, copy_graph
 
@@ -30,8 +31,9 @@ class Collector:
         self.program = program
         self.chosen = tuple(chosen)
         self.sink = sink
-        self.enabled = True
+        self.enabled = True  # whether backward passes are seen
         self.forced = False  # whether taps ask for gradients that the parameters do not
+        self.alone = False  # whether each backward pass is of one example's loss, whatever the batch
         self.scale = 1.0
         self.nonfinite: dict[str, int] = {}
         self._blocks = blocks
@@ -50,12 +52,13 @@ class Collector:
     def __call__(self, value: Tensor, inputs: list[Tensor], site: str) -> Tensor:
         """See one value go by."""
         run = self._run
-        if not self.enabled or run is None or not self._uses[run.mode].get(site) or not torch.is_grad_enabled():
+        if run is None or not self._uses[run.mode].get(site) or not torch.is_grad_enabled():
             return value
         if not value.requires_grad:
             if not self.forced:
                 return value
-            value.requires_grad_().register_post_accumulate_grad_hook(_forget)
+            value = value.detach().requires_grad_()  # its own: the operation may hand on an input of the user's
+            value.register_post_accumulate_grad_hook(_forget)
         kept = [item.detach() for item in inputs]
         value.register_hook(partial(self._seen, run, site, kept))
         return value
@@ -81,10 +84,14 @@ class Collector:
                 self.nonfinite[block.name] = self.nonfinite.get(block.name, 0) + 1
 
     def _count(self, flat: list[Any]) -> int:
-        if self._batch is None:
-            return 1  # a network that pins its batch is seen as one example
+        if self._batch is None or self.alone:
+            return 1
         position, dim = self._batch
         return int(flat[position].shape[dim])
+
+    def latest(self) -> Run | None:
+        """Return the last forward pass that was begun."""
+        return self._run
 
     # called by who collects ------------------------------------------------------------------------------------------
 
@@ -128,8 +135,6 @@ def _forget(leaf: Tensor) -> None:
 
 
 def _batch_dims(program: Program) -> tuple[int, int] | None:
-    """Return which flat input has examples along dim 0, as (position, dim)."""
-    for position, name in enumerate(program.signature.input_names):
-        if 0 in program.axes.get(name, {}):
-            return position, 0
-    return None
+    """Return which flat input holds examples along which dim, as (position, dim)."""
+    dims = program.example_dims() | dict.fromkeys(pinned_examples(program), 0)
+    return next(((place, dims[name]) for place, name in enumerate(program.signature.input_names) if name in dims), None)

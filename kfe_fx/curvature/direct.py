@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,23 +23,36 @@ aten = torch.ops.aten
 
 @dataclass
 class Moment:
-    """What a rule sees of one execution: the node, its arguments' values, and the gradient of its output."""
+    """What a rule sees of one execution: the operation, its arguments' values, and the gradient of its output.
+
+    ``place`` says which of several outputs that is.
+    """
 
     node: fx.Node
     values: dict[fx.Node, Any]
     grad: Tensor
+    place: int | None = None
 
-    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
+    def arg(self, position: int) -> Any:
         """Return the value of an argument."""
-        node = self.node
-        given = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-        return map_arg(given, lambda arg: self.values[arg]) if isinstance(given, fx.Node | list | tuple) else given
+        return self._filled(self.node.args[position], self.values)
 
     def run(self, replaced: dict[fx.Node, Any]) -> Any:
-        """Run the operation with some arguments replaced."""
-        values = {**self.values, **replaced}
-        args, kwargs = map_arg((self.node.args, self.node.kwargs), lambda arg: values[arg])
-        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+        """Run the operation with some arguments replaced; statistics that it would update stay as they are."""
+        args, kwargs = self._filled((self.node.args, self.node.kwargs), {**self.values, **replaced})
+        names = [argument.name for argument in getattr(self.node.target, "_schema", _NO_SCHEMA).arguments]
+        args = tuple(
+            value.clone() if name.startswith("running_") and isinstance(value, Tensor) else value
+            for value, name in zip(args, [*names, *[""] * (len(args) - len(names))], strict=False)
+        )
+        made = self.node.target(*args, **kwargs)  # type: ignore[operator]
+        return made if self.place is None else made[self.place]
+
+    def _filled(self, given: Any, values: dict[fx.Node, Any]) -> Any:
+        return map_arg(given, lambda arg: values[arg])
+
+
+_NO_SCHEMA = SimpleNamespace(arguments=())
 
 
 # (contribution of the output's shape, dim that the operand's one dim lies along, or None where it broadcasts)
@@ -170,45 +184,55 @@ def slope(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | None:
     return moment.grad * value.clamp_max(0), None if alone else min(1, value.dim() - 1)
 
 
-def per_example(moment: Moment, operand: fx.Node, layout: Layout | None, examples: int) -> Tensor:
-    """Return the gradient of each example's loss by the operand, [N, *operand.shape]."""
+# gradients [stop - start, *operand.shape] of a range of examples
+Rows = Callable[[int, int], Tensor]
+
+
+def per_example(moment: Moment, operand: fx.Node, layout: Layout | None, examples: int) -> Rows:
+    """Return the gradients of the examples' losses by the operand."""
     value: Tensor = moment.values[operand]
-    rule = CONTRIBUTIONS.get(moment.node.target)
+    rule = CONTRIBUTIONS.get(moment.node.target) if moment.place is None else None
     found = rule(moment, operand) if rule is not None else None
     if found is None:
         return _one_by_one(moment, operand, layout, examples)
     made, dim = found
-    if dim is not None:
-        value = value.reshape([-1 if place == dim else 1 for place in range(made.dim())])
-    return _summed(made, value.shape, layout, examples).reshape(examples, *moment.values[operand].shape)
+    shape = tuple(value.shape) if dim is None else tuple(-1 if place == dim else 1 for place in range(made.dim()))
+    padded = (*(1,) * (made.dim() - len(shape)), *shape)
+    if layout is not None and padded[layout.dim] != 1:
+        return _one_by_one(moment, operand, layout, examples)  # a row of the operand for each example
+    held = rows(layout, made, examples)
+
+    def of(start: int, stop: int) -> Tensor:
+        return _summed(held[start:stop], padded, layout).reshape(stop - start, *value.shape)
+
+    return of
 
 
-def _summed(made: Tensor, shape: torch.Size, layout: Layout | None, examples: int) -> Tensor:
-    """Sum a contribution to [N, *shape] over everything that the operand of ``shape`` was broadcast along."""
-    padded = [1] * (made.dim() - len(shape)) + list(shape)
-    split = rows(layout, made, examples)
-    if layout is None:
-        over = [dim + 1 for dim, size in enumerate(padded) if size == 1 and made.shape[dim] > 1]
-    else:
-        kept = [size for dim, size in enumerate(padded) if dim != layout.dim]
-        folded = split.dim() - 1 - len(kept)  # 1 where examples are folded with others into their dim
-        over = list(range(1, 1 + folded))
-        over += [1 + folded + dim for dim, size in enumerate(kept) if size == 1 and split.shape[1 + folded + dim] > 1]
-    return split.sum(over) if over else split
+def _summed(held: Tensor, padded: tuple[int, ...], layout: Layout | None) -> Tensor:
+    """Sum [n, ...] over everything that an operand of the shape ``padded`` was broadcast along."""
+    kept = [size for dim, size in enumerate(padded) if layout is None or dim != layout.dim]
+    folded = held.dim() - 1 - len(kept)  # 1 where examples are folded with others into their dim
+    over = list(range(1, 1 + folded))
+    over += [1 + folded + dim for dim, size in enumerate(kept) if size == 1 and held.shape[1 + folded + dim] > 1]
+    return held.sum(over) if over else held
 
 
-def _one_by_one(moment: Moment, operand: fx.Node, layout: Layout | None, examples: int) -> Tensor:
+def _one_by_one(moment: Moment, operand: fx.Node, layout: Layout | None, examples: int) -> Rows:
     leaf = moment.values[operand].detach().requires_grad_()
-    detached = {node: value.detach() if isinstance(value, Tensor) else value for node, value in moment.values.items()}
+    values = {node: value.detach() if isinstance(value, Tensor) else value for node, value in moment.values.items()}
     with torch.enable_grad():
-        value = Moment(moment.node, detached, moment.grad).run({operand: leaf})
-    grads = []
-    for example in range(examples):
-        if layout is None:
-            grad = moment.grad
-        else:
+        value = Moment(moment.node, values, moment.grad, moment.place).run({operand: leaf})
+    if not value.requires_grad:  # one of several outputs, that the operand has no part in
+        return lambda start, stop: leaf.detach().new_zeros(stop - start, *leaf.shape)
+    held = rows(layout, moment.grad, examples)
+
+    def of(start: int, stop: int) -> Tensor:
+        grads = []
+        for example in range(start, stop):
             grad = torch.zeros_like(moment.grad)
-            layout.rows(grad, examples)[example] = layout.rows(moment.grad, examples)[example]
-        (found,) = torch.autograd.grad(value, leaf, grad, retain_graph=True, allow_unused=True)
-        grads.append(torch.zeros_like(leaf) if found is None else found)
-    return torch.stack(grads)
+            rows(layout, grad, examples)[example] = held[example]
+            (found,) = torch.autograd.grad(value, leaf, grad, retain_graph=True, allow_unused=True)
+            grads.append(torch.zeros_like(leaf) if found is None else found)
+        return torch.stack(grads)
+
+    return of

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """The default process group, or one process alone."""
+    """The default process group, or one process alone. Every rank must make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -28,24 +30,63 @@ class Group:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers are summed: NCCL takes nothing but CUDA tensors."""
+        if self.size > 1 and dist.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                held = self._taken(tensor)
+                dist.all_reduce(held)
+                if held is not tensor:
+                    tensor.copy_(held)
 
     def sum_number(self, value: float) -> float:
         """Return the sum of a number over all ranks."""
         if self.size == 1:
             return value
-        total = torch.tensor([value], dtype=torch.float64)
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
 
     def share(self, tensor: Tensor, owner: int) -> None:
         """Give every rank the tensor of ``owner``, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, owner)
+            held = self._taken(tensor)
+            dist.broadcast(held, owner)
+            if held is not tensor:
+                tensor.copy_(held)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the plain values (numbers, texts, small tensors) of all ranks, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that the backend takes: itself, or a copy that is contiguous and on its device."""
+        held = tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return held.contiguous()
+
+
+@contextmanager
+def launched() -> Iterator[Group]:
+    """Join the processes that ``torchrun`` started, for the time of a block; without torchrun stay alone."""
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Group.current()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Group.current()
+    finally:
+        dist.destroy_process_group()
 
 
 def sum_store(store: Store, *, moments: bool = False) -> None:
@@ -54,9 +95,19 @@ def sum_store(store: Store, *, moments: bool = False) -> None:
     if group.size == 1:
         return
     store.complete(moments=moments)
+    keys, counts = (("S",), ("S_examples",)) if moments else (("A", "G", "D"), ("rows", "examples", "D_examples"))
     for block in store.blocks.values():
-        for key in ("S",) if moments else ("A", "G", "D"):
-            if key in block.sums:
-                group.sum([block.sums[key]])
-        for key in ("S_examples",) if moments else ("rows", "examples", "D_examples"):
-            block.counts[key] = group.sum_number(block.counts.get(key, 0.0))
+        group.sum([block.sums[key] for key in keys if key in block.sums])
+    told = [[block.counts.get(key, 0.0) for key in counts] for block in store.blocks.values()]
+    numbers = torch.tensor(told, dtype=torch.float64, device=group.device)
+    group.sum([numbers])
+    for block, values in zip(store.blocks.values(), numbers.tolist(), strict=True):
+        block.counts |= {key: value for key, value in zip(counts, values, strict=True) if value}
+
+
+def known_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Add to the facts of this rank those that others alone know, because it has seen no batch."""
+    merged: dict[str, Any] = {}
+    for told in reversed(Group.current().gather(facts)):
+        merged |= told
+    return merged | facts

@@ -26,8 +26,8 @@ def eigenbasis(factor: Tensor) -> Eigen:
     """Decompose a symmetric factor [K, d, d], or a diagonal [K, d].
 
     ``torch.linalg.eigh`` runs in float64 (in float32 it fails on real, rank-deficient factors) and its results go back
-    to the factor's type. Should it not converge, it is tried on the CPU, then with 1e-12 and 1e-9 of the mean eigenvalue
-    on the diagonal, and ``fallback`` records that; the last resort is the identity with the diagonal.
+    to the factor's type. Should it not converge, it is tried on the CPU, then with 1e-12 and 1e-9 of the mean
+    eigenvalue on the diagonal, and ``fallback`` records that; the last resort is the identity with the diagonal.
     """
     if factor.dim() == 2:
         return Eigen(factor.clamp_min(0), None)
@@ -38,7 +38,9 @@ def eigenbasis(factor: Tensor) -> Eigen:
         for device in dict.fromkeys((str(factor.device), "cpu")):
             try:
                 values, vectors = torch.linalg.eigh((wide + jitter * mean * identity).to(device))
-            except torch.linalg.LinAlgError:
+            except RuntimeError:  # LinAlgError is one; cuSOLVER and LAPACK raise others too
+                continue
+            if not bool(values.isfinite().all() & vectors.isfinite().all()):
                 continue
             values = (values - jitter * mean.view(-1, 1).to(device)).clamp_min(0)
             notes = [f"{jitter:g} of the mean eigenvalue added"] if jitter else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfe_fx.curvature.blocks import Block, Blocks, find_blocks
 from kfe_fx.curvature.collector import Collector
-from kfe_fx.curvature.distributed import Group, sum_store
+from kfe_fx.curvature.distributed import Group, known_facts, sum_store
 from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.observation import Observation
 from kfe_fx.curvature.statistics import EXPAND, REDUCE, Basis, Factors, Moments, Statistic
@@ -18,9 +18,9 @@ from kfe_fx.curvature.store import Store
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, put_tensor
 from kfe_fx.structure import pack
-from kfe_fx.training.batches import Batch, Batches
+from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import CATEGORICAL, Likelihood
-from kfe_fx.training.losses import Loss, resolve_loss, separable, settle
+from kfe_fx.training.losses import Loss, cut, resolve_loss, separable, settle
 
 SOURCES = ("empirical", "sampled", "exact")
 STATISTICS = ("diagonal", "kfac", "ekfac")
@@ -39,6 +39,7 @@ def fit(
     sharing: str = EXPAND,
     batch_size: int = 64,
     seed: int = 0,
+    bases: Store | None = None,
     blocks: Blocks | None = None,
     progress: Progress | None = None,
 ) -> Store:
@@ -60,6 +61,8 @@ def fit(
         sharing: "expand" or "reduce": how K-FAC factors count positions that share weights.
         batch_size: examples at a time.
         seed: of what is drawn.
+        bases: a store of the same network and weights in whose eigenbases "ekfac" measures S*, instead of in new ones,
+            so that the S* of shards of the data add to it (``Store.merge``).
         blocks: those of ``find_blocks`` where they are known already.
         progress: called with ("curvature", share done).
 
@@ -81,14 +84,19 @@ def fit(
         raise UsageError(f"there is no sharing {sharing!r}; choose {EXPAND} or {REDUCE}")
     if samples < 1:
         raise UsageError("the source 'sampled' draws at least once")
+    if bases is not None:
+        if "kfac" in wanted or "ekfac" not in wanted:
+            raise UsageError("bases are what 'ekfac' is measured in; leave them out, or take the statistics 'ekfac'")
+        bases.check(program, weights=True)
     found = find_blocks(program) if blocks is None else blocks
     if not found.blocks:
         raise BadData("this network has no parameters that statistics exist for")
-    fitter = _Fitter(program, found, Batches(program, data, batch_size), loss, source, samples, seed, progress)
+    fitter = Fitter(program, found, Batches(program, data, batch_size), loss, source, samples, seed, progress)
     factors, diagonal = Factors(sharing), Moments()
     store = Store.of(program, found, sharing=sharing)
     first: list[Statistic] = []
-    if wanted & {"kfac", "ekfac"}:
+    factored = bool(wanted & {"kfac", "ekfac"}) and bases is None
+    if factored:
         first.append(factors)
     if "diagonal" in wanted:
         first.append(diagonal)
@@ -98,20 +106,22 @@ def fit(
         store.add_factors(factors)
         store.add_diagonal(diagonal)
         sum_store(store)
-    if wanted & {"kfac", "ekfac"}:
+    if factored:
         store.decompose(Group.current())
+    if bases is not None:
+        store.share_bases(bases)
     if "ekfac" in wanted:
         moments = Moments(store.bases())
         fitter.run([moments], passes - 1, passes)
         store.add_moments(moments)
         sum_store(store, moments=True)
-    store.describe(fitter.facts)
+    store.describe(known_facts(fitter.facts))
     if not any(block.examples for block in store.blocks.values()):
         raise BadData("no gradient was finite, so nothing was measured; check the data and the loss")
     return store
 
 
-class _Fitter:
+class Fitter:
     """Passes over the data with taps on a detached view of the network."""
 
     def __init__(
@@ -152,27 +162,37 @@ class _Fitter:
                 continue
             collector = Collector(self.view, self.blocks, chosen, self._sink)
             collector.forced = True
+            # a network that pins its batch cannot take one example: the loss of each is taken out of the whole batch
+            collector.alone = split and pinned_batch(self.view) is not None
             with collector.watching():
                 for index, batch in enumerate(self.batches):
                     if index % group.size != group.rank:
                         continue
                     likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
-                    pieces = [batch.rows(i, i + 1) for i in range(batch.count)] if split else [batch]
+                    apart = split and not collector.alone
+                    pieces = [batch.rows(i, i + 1) for i in range(batch.count)] if apart else [batch]
                     for piece in pieces:
                         self._batch(piece, likelihood, collector)
                     examples += batch.count if chosen is whole or not whole else 0
                     if self.progress is not None and count:
                         self.progress("curvature", (number + (index + 1) / count) / passes)
-            for name, times in collector.nonfinite.items():
-                self.facts["nonfinite"][name] = self.facts["nonfinite"].get(name, 0) + times
+            self.facts["nonfinite"] |= collector.nonfinite  # the same in every pass
         self.facts["examples"] = examples
-        if not examples and group.size == 1:
+        if not group.sum_number(examples):
             raise BadData("the data yields no batches to measure on; give at least one example")
 
     def _batch(self, batch: Batch, likelihood: Likelihood, collector: Collector) -> None:
         module = self.view.module()
         with torch.enable_grad():
             outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
+            if collector.alone:
+                count = batch.count
+                for i in range(count):
+                    self._examples(cut(outputs, count, i, i + 1), batch.rows(i, i + 1), likelihood, collector)
+            else:
+                self._examples(outputs, batch, likelihood, collector)
+
+    def _examples(self, outputs: Any, batch: Batch, likelihood: Likelihood, collector: Collector) -> None:
         source = self._source(outputs, likelihood, batch)
         totals = list(self._totals(source, outputs, likelihood, batch)) if source != "exact" else []
         self.first = True
@@ -181,7 +201,7 @@ class _Fitter:
                 self._backward(values, column, collector, last=False)
             return
         for number, total in enumerate(totals):
-            self._backward(total, None, collector, last=number == len(totals) - 1)
+            self._backward(total, None, collector, last=number == len(totals) - 1 and not collector.alone)
 
     def _backward(self, values: Tensor, column: Tensor | None, collector: Collector, *, last: bool) -> None:
         if values.requires_grad:

@@ -5,6 +5,8 @@ Each is a handful of large matrix products over a bounded buffer; which order is
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     width = total.shape[-1]
     count = min(6, max(1, width // _BLOCK))
     edges = [round(width * part / count) for part in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         total[:, start:stop, start:].baddbmm_(rows[..., start:stop].transpose(1, 2), rows[..., start:])
 
 
@@ -54,6 +56,8 @@ def add_second_moments(
         right_basis: U_A [K, i, i'], or None for the identity.
         mean: [K, o, i], to which ``sum_n U_G^T dW_n U_A`` is added, or None.
     """
+    if not left.numel() or not right.numel():
+        return
     positions, wide, high = left.shape[2], right.shape[-1], left.shape[-1]
     if right_basis is not None and positions <= high:
         right, right_basis = _rotated(right, right_basis), None

@@ -23,15 +23,17 @@ class Layout:
     def rows(self, value: Tensor, examples: int) -> Tensor:
         """Return [N, ...]: examples first, then k where they are folded, then the other dims in their order.
 
+        One example is all that there is.
+
         Raises:
             BadData: the dim is no multiple of the number of examples.
         """
         size = value.shape[self.dim]
-        if size % examples or (self.order == "plain" and size != examples):
+        if size % examples or (self.order == "plain" and size != examples != 1):
             raise BadData(f"an activation {list(value.shape)} does not hold {examples} examples along dim {self.dim}")
-        if self.order == "plain":
+        if self.order == "plain" and size == examples:
             return value.movedim(self.dim, 0)
-        if self.order == "outer":
+        if self.order == "outer" or examples == 1:
             split = value.unflatten(self.dim, (examples, size // examples))
             return split.movedim((self.dim, self.dim + 1), (0, 1))
         split = value.unflatten(self.dim, (size // examples, examples))

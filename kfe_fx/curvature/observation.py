@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from kfe_fx.curvature.blocks import Block, Site, Use
-from kfe_fx.curvature.direct import Moment, per_example
+from kfe_fx.curvature.direct import Moment, Rows, per_example
 from kfe_fx.curvature.layout import rows
 from kfe_fx.curvature.operands import Operand
 from kfe_fx.curvature.pairs import Pairs, joined
@@ -83,8 +83,9 @@ class Observation:
         assert use.site.pairing is not None
         if self.scale != 1.0:
             grad = grad * self.scale
-        made = use.site.pairing.pairs(data, grad, use.column)
-        return made.swapped() if use.transposed else made
+        made = use.site.pairing.pairs(data, grad, use.column is True)
+        made = made.swapped() if use.transposed else made
+        return made.padded() if use.column is False else made
 
     def _bytes(self, use: Use, data: Tensor, grad: Tensor) -> int:
         assert use.site.pairing is not None
@@ -99,64 +100,80 @@ class Observation:
     def _gradients(self) -> Iterator[Pairs]:
         """Yield per-example gradients of a parameter without pairs of rows, as [1, n, 1, P] beside ones."""
         size = self.block.shape[2]
-        whole = self.seen[0].grad.element_size() * size * 4
-        step = max(1, min(self.examples, CHUNK // max(1, whole)))
-        if step >= self.examples or any(_densely(seen.use) is None for seen in self.seen):
-            step = self.examples
+        parts = [self._gradient(seen) for seen in self.seen]
+        step = max(1, min(self.examples, CHUNK // max(1, 2 * self.seen[0].grad.element_size() * size)))
         for start in range(0, self.examples, step):
             stop = min(self.examples, start + step)
-            total = sum(self._gradient(seen, start, stop) for seen in self.seen)
-            assert isinstance(total, Tensor)
+            total = parts[0](start, stop)
+            for part in parts[1:]:
+                total = total + part(start, stop)
             right = total.reshape(1, stop - start, 1, size)
             if self.scale != 1.0:
                 right = right * self.scale
-            yield Pairs(right.new_ones(1, stop - start, 1, 1), right)
+            yield Pairs(right.new_ones(1, stop - start, 1, 1), right, ((1, "left"),))
 
-    def _gradient(self, seen: Seen, start: int, stop: int) -> Tensor:
-        """Return [n, P]: the gradient of each example by the block's parameter through one use."""
+    def _gradient(self, seen: Seen) -> Rows:
+        """Return the gradients [n, P] of a range of examples by the block's parameter through one use."""
         site, operand = seen.use.site, seen.use.operand
-        pairing = _densely(seen.use)
-        if pairing is not None:
-            _, data, grad = self._prepared(seen)
-            left, right = pairing.pairs(data[start:stop], grad[start:stop], None).dense()
-            made = torch.matmul(left.transpose(2, 3), right)  # [K, n, o, i]
-            value = operand.value(self.program, self._parameters(operand), self.run.inputs)
-            found = torch.stack([pairing.tensor(made[:, n], tuple(value.shape)) for n in range(made.shape[1])])
+        sized = self._sized(seen)
+        pulled = self._pulled_back(operand, sized)
+        if _has_pairs(seen.use):
+            made = self._formed(seen, sized)
         else:
-            moment = Moment(site.node, self._values(seen), seen.grad)
-            found = per_example(moment, operand.node, site.layouts[site.name], self.examples)[start:stop]
-        return self._pulled_back(operand, found)
+            place = None if site.operation is site.node else int(site.node.args[1])  # type: ignore[arg-type]
+            moment = Moment(site.operation, self._values(seen, sized), seen.grad, place)
+            made = per_example(moment, operand.node, site.layouts[site.name], self.examples)
+        return lambda start, stop: pulled(made(start, stop))
 
-    def _pulled_back(self, operand: Operand, grads: Tensor) -> Tensor:
-        """Turn gradients by an operand [n, *shape] into gradients by the block's parameter [n, P]."""
-        name = self.block.weight
+    def _formed(self, seen: Seen, sized: dict[fx.Node, Any]) -> Rows:
+        """Form the matrices of a few examples out of their pairs."""
+        pairing, operand = seen.use.site.pairing, seen.use.operand
+        assert pairing is not None
+        _, data, grad = self._prepared(seen)
+        shape = tuple(operand.value(self.program, {}, sized).shape)
+
+        def of(start: int, stop: int) -> Tensor:
+            left, right = pairing.pairs(data[start:stop], grad[start:stop], False).dense()
+            made = torch.matmul(left.transpose(2, 3), right)  # [K, n, o, i]
+            return torch.stack([pairing.tensor(made[:, n], shape) for n in range(made.shape[1])])
+
+        return of
+
+    def _pulled_back(self, operand: Operand, sized: dict[fx.Node, Any]) -> Callable[[Tensor], Tensor]:
+        """Return what turns gradients by an operand [n, *shape] into gradients by the block's parameter [n, P]."""
+        size = self.block.shape[2]
         if operand.plain:
-            return grads.reshape(len(grads), -1)
+            return lambda grads: grads.reshape(len(grads), -1)
         if operand.movement:
-            index = operand.index(self.program, self.run.inputs).reshape(-1)
-            return grads.new_zeros(len(grads), self.block.shape[2]).index_add_(1, index, grads.reshape(len(grads), -1))
-        leaf = self.program.tensor(name).detach().requires_grad_()
-        parameters = self._parameters(operand) | {name: leaf}
+            index = operand.index(self.program, sized).reshape(-1)
+            return lambda grads: grads.new_zeros(len(grads), size).index_add_(1, index, grads.reshape(len(grads), -1))
+        leaf = self.program.tensor(self.block.weight).detach().requires_grad_()
         with torch.enable_grad():
-            value = operand.value(self.program, parameters, self.run.inputs)
-        found = [
-            torch.autograd.grad(value, leaf, grad, retain_graph=True, allow_unused=True)[0]
-            if value.requires_grad
-            else None
-            for grad in grads
-        ]
-        return torch.stack([torch.zeros_like(leaf) if one is None else one for one in found]).reshape(len(grads), -1)
+            value = operand.value(self.program, {self.block.weight: leaf}, sized)
 
-    def _parameters(self, operand: Operand) -> dict[str, Tensor]:
-        return {name: self.program.tensor(name).detach() for name in operand.names}
+        def back(grads: Tensor) -> Tensor:
+            if not value.requires_grad:
+                return grads.new_zeros(len(grads), size)
+            found = [
+                torch.autograd.grad(value, leaf, grad, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+                for grad in grads
+            ]
+            return torch.stack(found).reshape(len(grads), -1)
 
-    def _values(self, seen: Seen) -> dict[fx.Node, Any]:
+        return back
+
+    def _sized(self, seen: Seen) -> dict[fx.Node, Any]:
+        """Return the tensors that sizes are taken from."""
+        known = dict(zip(seen.use.site.inputs, seen.inputs, strict=True))
+        for operand in seen.use.site.operands:
+            for node in operand.sized:
+                known.setdefault(node, self.run.inputs.get(str(node.target)) if node.op == "placeholder" else None)
+        return known
+
+    def _values(self, seen: Seen, sized: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         """Compute the value of every argument of a site."""
-        site = seen.use.site
-        known: dict[fx.Node, Any] = dict(zip(site.inputs, seen.inputs, strict=True))
-        for operand in site.operands:
-            known[operand.node] = operand.value(self.program, self._parameters(operand), self.run.inputs)
-        for node in site.node.all_input_nodes:
+        known = dict(sized)
+        for node in seen.use.site.operation.all_input_nodes:
             self._value(node, known)
         return known
 
@@ -172,10 +189,9 @@ class Observation:
         return known[node]
 
 
-def _densely(use: Use) -> Any:
-    """Return the pairing of a use whose weight is computed: its gradient is formed per example."""
-    pairing = use.site.pairing
-    return pairing if pairing is not None and use.operand.node is pairing.weight else None
+def _has_pairs(use: Use) -> bool:
+    """Tell whether a use has pairs of rows of its operand, which then is a computed weight."""
+    return use.site.pairing is not None and use.operand.node is use.site.pairing.weight
 
 
 def expected(block: Block, mode: str) -> int:

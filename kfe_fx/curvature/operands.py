@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +23,10 @@ MOVEMENTS = frozenset(
         *("view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "transpose.int", "permute", "t"),
         *("numpy_T", "mT", "swapaxes", "movedim.intlist", "movedim.int", "unsqueeze", "squeeze", "squeeze.dim"),
         *("squeeze.dims", "select.int", "slice.Tensor", "unbind.int", "narrow", "split.Tensor", "split_with_sizes"),
-        *("chunk", "flip", "roll", "contiguous", "clone", "alias", "expand", "repeat", "tile", "index_select"),
+        *("chunk", "flip", "roll", "contiguous", "clone", "alias", "expand", "expand_as", "repeat", "tile"),
+        *("index_select", "view_as", "reshape_as", "repeat_interleave.self_int", "embedding", "index.Tensor"),
     )
-) | {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, __import__("operator").getitem}
+) | {operator.getitem}
 
 
 @dataclass(frozen=True)
@@ -31,40 +34,45 @@ class Operand:
     """A value that is the same for all examples, made of parameters.
 
     ``names`` are the canonical names of the floating-point parameters it depends on, ``movement`` says that it is a
-    rearrangement of one of them; ``steps`` are the nodes that make it, in order, the last is its own.
+    rearrangement of one of them; ``steps`` are the nodes that make it, in order, the last is its own; ``sized`` are the
+    nodes outside of them that only a size is taken from.
     """
 
     node: fx.Node
     names: tuple[str, ...]
     movement: bool
     steps: tuple[fx.Node, ...] = field(repr=False)
+    sized: tuple[fx.Node, ...] = field(repr=False)
+    canonical: Mapping[str, str] = field(repr=False, compare=False)
 
     @property
     def plain(self) -> bool:
         """Whether it is a parameter as it stands."""
         return len(self.steps) == 1
 
-    def value(self, program: Program, parameters: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-        """Compute it from given parameters (by canonical name) and the flat inputs, of which only sizes are read."""
-        known: dict[fx.Node, Any] = {}
-        canonical = canonical_names(program)
+    @property
+    def constant(self) -> bool:
+        """Whether its shape is the same for all inputs."""
+        return not self.sized
+
+    def value(self, program: Program, parameters: Mapping[str, Tensor], sized: Mapping[fx.Node, Any]) -> Any:
+        """Compute it from given parameters (by canonical name) and the nodes that sizes are taken from."""
+        known: dict[fx.Node, Any] = {node: sized[node] for node in self.sized}
         for node in self.steps:
             if node.op == "get_attr":
-                name = canonical.get(str(node.target), str(node.target))
-                known[node] = parameters[name] if name in parameters else program.tensor(name)
-            elif node.op == "placeholder":
-                known[node] = inputs[str(node.target)]
+                name = self.canonical.get(str(node.target), str(node.target))
+                known[node] = parameters[name] if name in parameters else program.tensor(name).detach()
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda arg: known[arg])
                 known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return known[self.node]
 
-    def index(self, program: Program, inputs: dict[str, Any]) -> Tensor:
+    def index(self, program: Program, sized: Mapping[fx.Node, Any] | None = None) -> Tensor:
         """Return which entry of its parameter (row-major) each of its entries is, for a movement."""
         (name,) = self.names
         tensor = program.tensor(name)
         entries = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-        return self.value(program, {name: entries}, inputs).to(torch.int64)
+        return self.value(program, {name: entries}, sized or {}).to(torch.int64)
 
 
 def canonical_names(program: Program) -> dict[str, str]:
@@ -75,64 +83,82 @@ def canonical_names(program: Program) -> dict[str, str]:
 class Operands:
     """Sort the nodes of a graph: which values depend on the examples, which only on parameters and sizes."""
 
-    def __init__(self, program: Program, graph: fx.Graph, trained: set[str]) -> None:
-        """Walk the graph; ``trained`` are the canonical names of the parameters that statistics are for."""
+    def __init__(
+        self, program: Program, graph: fx.Graph, trained: set[str], counts: Callable[[fx.Node, int], bool]
+    ) -> None:
+        """Walk the graph.
+
+        Args:
+            program: whose graph it is.
+            graph: one of its graphs.
+            trained: canonical names of the parameters that statistics are for.
+            counts: whether the size of a node along a dim may depend on the number of examples.
+        """
         self._canonical = canonical_names(program)
         self._trained = trained
         self._steps: dict[fx.Node, tuple[fx.Node, ...]] = {}
-        batch = program.batch_axes()
-        self._sized = {
-            (name, dim) for name, dims in program.axes.items() for dim, axis in dims.items() if axis not in batch
-        }
-        self._axes = program.axes
+        self._sized: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self._found: dict[fx.Node, Operand | None] = {}
         for node in graph.nodes:
             if node.op == "get_attr":
-                self._steps[node] = (node,)
-            elif node.op == "call_function" and self._is_fixed(node):
-                steps = dict.fromkeys(step for arg in node.all_input_nodes for step in self._parts(arg))
-                self._steps[node] = (*steps, node)
+                self._steps[node], self._sized[node] = (node,), ()
+            elif node.op == "call_function" and not _draws(node):
+                self._follow(node, counts)
 
-    def _is_fixed(self, node: fx.Node) -> bool:
-        if _draws(node):
-            return False
-        if node.target is aten.sym_size.int and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder":
-            name, dim = str(node.args[0].target), node.args[1]
-            return (name, dim) in self._sized or dim not in self._axes.get(name, {})
-        return all(arg in self._steps for arg in node.all_input_nodes)
-
-    def _parts(self, arg: fx.Node) -> tuple[fx.Node, ...]:
-        return (arg,) if arg.op == "placeholder" else self._steps[arg]
+    def _follow(self, node: fx.Node, counts: Callable[[fx.Node, int], bool]) -> None:
+        args = node.all_input_nodes
+        if node.target is aten.sym_size.int and args[0] not in self._steps:
+            if not counts(args[0], int(node.args[1])):  # type: ignore[arg-type]
+                self._steps[node], self._sized[node] = (node,), (args[0],)
+        elif all(arg in self._steps for arg in args):
+            self._steps[node] = (*dict.fromkeys(step for arg in args for step in self._steps[arg]), node)
+            self._sized[node] = tuple(dict.fromkeys(size for arg in args for size in self._sized[arg]))
 
     def fixed(self, node: fx.Node) -> bool:
         """Tell whether a node has the same value for all examples."""
         return node in self._steps
 
+    def sized(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the nodes that a fixed node takes a size from, and nothing else."""
+        return self._sized[node]
+
     def of(self, node: fx.Node) -> Operand | None:
         """Return the operand that a fixed node is, or None where no trained parameter is behind it."""
-        steps = self._steps.get(node)
-        if steps is None:
+        if node not in self._steps:
             return None
-        names: list[str] = []
-        for step in steps:
-            name = self._canonical.get(str(step.target), str(step.target)) if step.op == "get_attr" else ""
-            if name in self._trained and name not in names:
-                names.append(name)
+        if node not in self._found:
+            self._found[node] = self._operand(node)
+        return self._found[node]
+
+    def _operand(self, node: fx.Node) -> Operand | None:
+        steps = self._steps[node]
+        behind = (self._name(step) for step in steps if step.op == "get_attr")
+        names = tuple(name for name in dict.fromkeys(behind) if name in self._trained)
         if not names:
             return None
         moved = len(names) == 1 and self._is_movement(node)
-        return Operand(node, tuple(names), moved, steps)
+        return Operand(node, names, moved, steps, self._sized[node], self._canonical)
+
+    def _name(self, node: fx.Node) -> str:
+        return self._canonical.get(str(node.target), str(node.target))
 
     def _is_movement(self, node: fx.Node) -> bool:
         while node.op != "get_attr":
-            if node.target not in MOVEMENTS:
-                return False
             source = node.args[0]
-            others = [arg for arg in node.all_input_nodes if arg is not source]
-            if not isinstance(source, fx.Node) or any(self.of(other) is not None for other in others):
+            if node.target not in MOVEMENTS or not isinstance(source, fx.Node) or _skips(node):
+                return False
+            if any(self.of(other) is not None for other in node.all_input_nodes if other is not source):
                 return False
             node = source
-        return self._canonical.get(str(node.target), str(node.target)) in self._trained
+        return self._name(node) in self._trained
 
 
 def _draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _skips(node: fx.Node) -> bool:
+    """Tell whether a look-up has a row, for padding, or a scale that gradients do not see as they are."""
+    names = ("padding_idx", "scale_grad_by_freq")
+    given = [node.args[2 + k] if len(node.args) > 2 + k else node.kwargs.get(name) for k, name in enumerate(names)]
+    return node.target is aten.embedding.default and (given[0] not in (None, -1) or bool(given[1]))

@@ -16,55 +16,70 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfe_fx.curvature.pairs import OneHot, Pairs, with_ones, with_zeros
+from kfe_fx.curvature.pairs import OneHot, Pairs, with_ones
 from kfe_fx.curvature.patches import patches
 
 aten = torch.ops.aten
+
+
+Reading = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def transposed(reading: Reading) -> Reading:
+    """Return the reading of the transposed matrices."""
+    groups, outputs, inputs, count = reading
+    return groups, inputs, outputs, count
 
 
 @dataclass(frozen=True)
 class Pairing(ABC):
     """One use of a weight. ``weight``, ``bias`` and ``data`` are nodes; ``bias`` may be None.
 
-    ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows.
+    ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows, ``sparse`` whether the left rows
+    are one-hot. Unless said otherwise the weight reads as [K, o, i] in its own order, K and o along dim 0.
     """
 
     weight: fx.Node
     bias: fx.Node | None
     data: fx.Node
 
-    has_column = True
-    sparse = False  # whether the left rows are one-hot
+    groups: int = 1
+    sparse = False
 
-    @abstractmethod
+    @property
+    def has_column(self) -> bool:
+        """Whether the bias is a homogeneous coordinate of the right rows."""
+        return True
+
     def matrix(self, weight: Tensor) -> Tensor:
         """View a tensor of the weight's shape as [K, o, i]."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
-    @abstractmethod
     def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Undo ``matrix``."""
+        return matrix.reshape(shape)
+
+    def reading(self, shape: tuple[int, ...]) -> Reading:
+        """Return which dims of the weight count K (or into how many groups dim 0 falls), o and i, without those of size one.
+
+        Equal readings give equal matrices.
+        """
+        rest = tuple(dim for dim in range(1, len(shape)) if shape[dim] > 1)
+        return (), (0,) if shape[0] > 1 else (), rest, self.groups
 
     @abstractmethod
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """Return the rows of n examples.
 
         Args:
             data: [n, ...], what went in, examples first.
             grad: [n, ...], gradient of each example's loss by what came out.
-            column: append a coordinate of ones (True) or zeros (False) to the right rows, or none.
+            ones: whether to append a coordinate of ones, for the bias, to the right rows.
         """
 
     def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
         """Count the positions R of one example; ``rows`` is K·o."""
         return grad.numel() // rows
-
-    def bias_matrix(self, bias: Tensor, groups: int) -> Tensor:
-        """View the bias as [K, o]."""
-        return bias.reshape(groups, -1)
-
-
-def _column(right: Tensor, column: bool | None) -> Tensor:
-    return right if column is None else with_ones(right) if column else with_zeros(right)
 
 
 def _pairs(left: Tensor | OneHot, right: Tensor, given: str) -> Pairs:
@@ -75,19 +90,10 @@ def _pairs(left: Tensor | OneHot, right: Tensor, given: str) -> Pairs:
 class Linear(Pairing):
     """``y[..., o] = sum_i W[o, i] x[..., i] + b[o]``."""
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Put a group of one in front."""
-        return weight.unsqueeze(0)
-
-    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Take it away."""
-        return matrix.reshape(shape)
-
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """All dims between the example and the feature are positions."""
-        n = len(data)
-        right = data.reshape(1, n, -1, data.shape[-1])
-        return _pairs(grad.reshape(1, n, -1, grad.shape[-1]), _column(right, column), "right")
+        right, left = (side.reshape(1, len(side), -1, side.shape[-1]) for side in (data, grad))
+        return _pairs(left, with_ones(right) if ones else right, "right")
 
 
 @dataclass(frozen=True)
@@ -97,22 +103,18 @@ class Embedding(Pairing):
     padding: int = -1
     size: int = 0
 
-    has_column = False
     sparse = True
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Put a group of one in front."""
-        return weight.unsqueeze(0)
-
-    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Take it away."""
-        return matrix.reshape(shape)
+    @property
+    def has_column(self) -> bool:
+        """There is no bias."""
+        return False
 
     def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
         """Count the indices."""
         return data.numel()
 
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """A padded position gives nothing."""
         n = len(data)
         index = data.reshape(n, -1).long()
@@ -123,23 +125,17 @@ class Embedding(Pairing):
 
 @dataclass(frozen=True)
 class Convolution(Pairing):
-    """A convolution in any number of dims: the right rows are patches, i = (C / K)·prod(kernel), R output positions."""
+    """A convolution in any number of dims: W [O, C / K, *kernel]; the right rows are patches of the input.
+
+    So i = (C / K)·prod(kernel), and R counts output positions.
+    """
 
     stride: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
-    groups: int = 1
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return [K, O / K, C / K * prod(kernel)]."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
-
-    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Undo ``matrix``."""
-        return matrix.reshape(shape)
-
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """Unfold the input; examples folded into the first dim become more positions."""
         n, rank = len(data), len(self.stride)
         image, out = data.reshape(-1, *data.shape[-rank - 1 :]), grad.reshape(-1, *grad.shape[-rank - 1 :])
@@ -151,11 +147,9 @@ class Convolution(Pairing):
             self.dilation,
             tuple(out.shape[2:]),
             self.groups,
-            ones=column is True,
+            ones=ones,
         )  # [K, i, M, R]
         right = made.flatten(2).unflatten(2, (n, -1)).permute(0, 2, 3, 1)
-        if column is False:
-            right = with_zeros(right)
         left = out.reshape(len(out), self.groups, -1, out[0, 0].numel()).permute(1, 2, 0, 3)  # [K, o, M, R]
         left = left.reshape(self.groups, left.shape[1], n, -1).permute(0, 2, 3, 1)
         return _pairs(left, right, "right")
@@ -169,23 +163,17 @@ class TransposedConvolution(Pairing):
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
-    groups: int = 1
 
-    has_column = False
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return [K, C / K, O / K * prod(kernel)]."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
-
-    def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Undo ``matrix``."""
-        return matrix.reshape(shape)
+    @property
+    def has_column(self) -> bool:
+        """The bias belongs to the other side."""
+        return False
 
     def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
         """Count the input positions."""
         return data.numel() // rows
 
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """Unfold the gradient as the convolution that this one is the transpose of."""
         n, rank = len(data), len(self.stride)
         image, out = data.reshape(-1, *data.shape[-rank - 1 :]), grad.reshape(-1, *grad.shape[-rank - 1 :])
@@ -211,8 +199,17 @@ class Contraction(Pairing):
     weight_letters: tuple[str, ...] = ()
     out_letters: tuple[str, ...] = ()
     scale: float = 1.0
+    column: bool = False
 
-    has_column = False
+    @property
+    def has_column(self) -> bool:
+        """Whether what is added counts the outputs and nothing else."""
+        return self.column
+
+    def reading(self, shape: tuple[int, ...]) -> Reading:
+        """Return the dims by what their letters are."""
+        groups, outputs, inputs = (tuple(self.weight_letters.index(x) for x in kind) for kind in self._kinds())
+        return groups, outputs, inputs, 1
 
     def _kinds(self) -> tuple[list[str], list[str], list[str]]:
         data, out = self.data_letters, self.out_letters
@@ -239,14 +236,15 @@ class Contraction(Pairing):
         moved = matrix.reshape([shape[place] for place in order])
         return moved.permute([order.index(place) for place in range(len(order))])
 
-    def pairs(self, data: Tensor, grad: Tensor, column: bool | None) -> Pairs:
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
         """Bring both sides to [K, n, R, .]."""
         groups, outputs, inputs = self._kinds()
         known = {*groups, *outputs, *inputs, ""}
         positions = [x for x in self.data_letters if x in self.out_letters and x not in known]
         left = _arranged(grad, self.out_letters, groups, positions, outputs)
         right = _arranged(data, self.data_letters, groups, positions, inputs)
-        return _pairs(left if self.scale == 1 else left * self.scale, right, "right")
+        right = right if self.scale == 1 else right * self.scale
+        return _pairs(left, with_ones(right) if ones else right, "right")
 
 
 def _arranged(value: Tensor, letters: tuple[str, ...], *kinds: list[str]) -> Tensor:

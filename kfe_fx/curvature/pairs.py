@@ -45,6 +45,12 @@ class Pairs:
         turned = {"left": "right", "right": "left"}
         return Pairs(self.right, self.left, tuple((count, turned[side]) for count, side in self.given))
 
+    def padded(self) -> Pairs:
+        """Append a coordinate that is zero to the right rows: this use has no bias where another has one."""
+        assert isinstance(self.right, Tensor)
+        zero = self.right.new_zeros(1).expand(*self.right.shape[:-1], 1)
+        return Pairs(self.left, torch.cat([self.right, zero], -1), self.given)
+
     def gradients(self, side: str) -> Tensor | OneHot | None:
         """Return the rows of one side that are gradients, or None where there are none."""
         rows = self.left if side == "left" else self.right
@@ -83,7 +89,3 @@ def with_ones(right: Tensor) -> Tensor:
     """Append the homogeneous coordinate: abar = [a; 1], [K, n, R, i + 1]."""
     return torch.cat([right, right.new_ones(1).expand(*right.shape[:-1], 1)], -1)
 
-
-def with_zeros(right: Tensor) -> Tensor:
-    """Append a coordinate that is zero: this use has no bias where another has one."""
-    return torch.cat([right, right.new_zeros(1).expand(*right.shape[:-1], 1)], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from kfe_fx.curvature.pairings import (
     TransposedConvolution,
     pairing,
 )
+from kfe_fx.labels.contraction import einsum_terms
 from kfe_fx.labels.registry import overloads
 
 aten = torch.ops.aten
@@ -98,7 +100,7 @@ def convolution(look: Look, node: fx.Node) -> Pairing | None:
     else:
         padding = tuple((amount, amount) for amount in _each(given, rank))
     groups = int(argument(node, 6, "groups", 1))
-    return Convolution(weight, bias, data, stride, padding, dilation, tuple(kernel), groups)  # type: ignore[arg-type]
+    return Convolution(weight, bias, data, groups, stride, padding, dilation, tuple(kernel))  # type: ignore[arg-type]
 
 
 _TRANSPOSED = {
@@ -120,8 +122,7 @@ def transposed_convolution(look: Look, node: fx.Node) -> Pairing | None:
     padding = tuple((amount, amount) for amount in _each(argument(node, 4, "padding", 0), rank))
     groups, dilation = int(argument(node, 6, "groups", 1)), _each(argument(node, 7, "dilation", 1), rank)
     bias = argument(node, 2, "bias")
-    made = TransposedConvolution(weight, bias, data, stride, padding, dilation, tuple(kernel), groups)  # type: ignore[arg-type]
-    return made
+    return TransposedConvolution(weight, bias, data, groups, stride, padding, dilation, tuple(kernel))  # type: ignore[arg-type]
 
 
 def _batched(look: Look, node: fx.Node, data: Any, weight: Any, rank: int) -> bool:
@@ -135,41 +136,45 @@ def _batched(look: Look, node: fx.Node, data: Any, weight: Any, rank: int) -> bo
 @pairing(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def product(look: Look, node: fx.Node) -> Pairing | None:
     """Write a matrix product as a contraction; the weight may be either side."""
-    return _product(look, node, node.args[0], node.args[1], None, 1.0)
+    return _product(look, node, node.args[0], node.args[1], 1.0)
 
 
 @pairing(aten.addmm.default, aten.baddbmm.default)
 def added_product(look: Look, node: fx.Node) -> Pairing | None:
-    """Write ``beta * b + alpha * x @ w``; what is added counts as a parameter of its own."""
-    alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    return _product(look, node, node.args[1], node.args[2], node.args[0], alpha)
+    """Write ``beta * b + alpha * x @ w``; b may be the homogeneous coordinate."""
+    made = _product(look, node, node.args[1], node.args[2], float(node.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+    added = node.args[0]
+    if made is None or not isinstance(added, fx.Node) or not look.fixed(added):
+        return made
+    outputs = made.reading(look.shape(made.weight))[:2]
+    last = made.out_letters[-1:] == tuple(made.weight_letters[dim] for dim in outputs[1])
+    joint = last and not outputs[0] and node.kwargs.get("beta", 1) == 1
+    return replace(made, bias=added, column=joint and look.shape(added) == look.shape(node)[-1:])
 
 
-def _product(look: Look, node: fx.Node, first: Any, second: Any, bias: Any, scale: float) -> Pairing | None:
+def _product(look: Look, node: fx.Node, first: Any, second: Any, scale: float) -> Contraction | None:
     ranks = len(look.shape(first)), len(look.shape(second))
-    batch = [chr(ord("A") + index) for index in range(max(*ranks, 2) - 2)]
-    one = batch[len(batch) - max(ranks[0] - 2, 0) :] + (["i", "k"] if ranks[0] > 1 else ["k"])
-    other = batch[len(batch) - max(ranks[1] - 2, 0) :] + (["k", "j"] if ranks[1] > 1 else ["k"])
-    out = batch + (["i"] if ranks[0] > 1 else []) + (["j"] if ranks[1] > 1 else [])
-    return contraction(look, node, [(first, one), (second, other)], out, bias, scale)
+    batch = "".join(chr(ord("A") + index) for index in range(max(*ranks, 2) - 2))
+    one = batch[len(batch) - max(ranks[0] - 2, 0) :] + ("ik" if ranks[0] > 1 else "k")
+    other = batch[len(batch) - max(ranks[1] - 2, 0) :] + ("kj" if ranks[1] > 1 else "k")
+    out = batch + ("i" if ranks[0] > 1 else "") + ("j" if ranks[1] > 1 else "")
+    return contraction(look, node, [(first, one), (second, other)], out, scale)
 
 
 @pairing(aten.einsum.default)
 def einsum(look: Look, node: fx.Node) -> Pairing | None:
     """Take an einsum of data and one weight as the contraction that it is."""
-    equation, operands = node.args[:2]
-    inputs, arrow, out = str(equation).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow or "." in equation or len(terms) != 2 or any(len(set(term)) != len(term) for term in (*terms, out)):  # type: ignore[operator]
+    operands = list(node.args[1])  # type: ignore[arg-type]
+    spelled = einsum_terms(str(node.args[0]), [len(look.shape(operand)) for operand in operands])
+    if spelled is None or len(operands) != 2 or len(set(spelled[1])) != len(spelled[1]):
         return None
-    pairs = [(operand, list(term)) for operand, term in zip(operands, terms, strict=True)]  # type: ignore[arg-type]
-    return contraction(look, node, pairs, list(out), None, 1.0)
+    return contraction(look, node, list(zip(operands, spelled[0], strict=True)), spelled[1], 1.0)
 
 
 def contraction(
-    look: Look, node: fx.Node, operands: list[tuple[Any, list[str]]], out: list[str], bias: Any, scale: float
-) -> Pairing | None:
-    """Tell weight from data and spell dims of size one as no letter; None where no rule of pairs holds."""
+    look: Look, node: fx.Node, operands: list[tuple[Any, str]], out: str, scale: float
+) -> Contraction | None:
+    """Tell weight from data; None where no rule of pairs holds."""
     fixed = [look.fixed(operand) for operand, _ in operands]
     if sum(fixed) != 1:
         return None
@@ -177,20 +182,16 @@ def contraction(
     layouts = look.layout(data), look.layout(node)
     if (layouts[0] is None) != (layouts[1] is None):
         return None
-    spelled = [
-        _spelled(look.shape(item), term) for item, term in ((weight, weight_term), (data, data_term), (node, out))
-    ]
-    for place, layout in ((1, layouts[0]), (2, layouts[1])):
-        if layout is not None:
-            letter = (data_term if place == 1 else out)[layout.dim]
-            if letter in spelled[0]:
-                return None
-            spelled[place].pop(layout.dim)
-    weights, datas, outs = (set(filter(None, term)) for term in spelled)
-    if weights - datas - outs or datas - weights - outs or outs - weights - datas:
+    # a dim of size one of the weight's broadcasts: no letter
+    weights = [x if size > 1 else "" for x, size in zip(weight_term, look.shape(weight), strict=True)]
+    datas, outs = (
+        [x if size > 1 or x not in weight_term else "" for x, size in zip(term, look.shape(item), strict=True)]
+        for item, term in ((data, data_term), (node, out))
+    )
+    for spelled, layout in ((datas, layouts[0]), (outs, layouts[1])):
+        if layout is not None and spelled.pop(layout.dim) in weights:
+            return None
+    known = [set(filter(None, spelled)) for spelled in (weights, datas, outs)]
+    if any(one - known[place - 1] - known[place - 2] for place, one in enumerate(known)):
         return None  # a dim summed or broadcast on one side alone
-    return Contraction(weight, bias, data, tuple(spelled[1]), tuple(spelled[0]), tuple(spelled[2]), scale)
-
-
-def _spelled(shape: tuple[int, ...], term: list[str]) -> list[str]:
-    return [letter if size > 1 else "" for letter, size in zip(term, shape, strict=True)]
+    return Contraction(weight, None, data, 1, tuple(datas), tuple(weights), tuple(outs), scale)

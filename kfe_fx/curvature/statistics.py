@@ -78,12 +78,13 @@ class Factors(Statistic):
             like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left
             assert isinstance(like, Tensor)
             sums = self.sums[block.name] = empty_factors(block, like)
+        pairs, positions = _unpadded(pairs, self.sharing == REDUCE)
         left = pairs.left if first else pairs.gradients("left")
         right = pairs.right if first else pairs.gradients("right")
-        shape = _count(pairs.right)
         if first:
-            sums.rows += shape[0] * (1 if self.sharing == REDUCE else shape[1])
-            sums.examples += shape[0]
+            examples = _count(pairs.right)[0]
+            sums.rows += examples if self.sharing == REDUCE else positions
+            sums.examples += examples
         if right is not None:
             _add_side(sums.A, right, "mean" if self.sharing == REDUCE else "")
         if left is not None:
@@ -96,15 +97,35 @@ def _count(rows: Tensor | OneHot) -> tuple[int, int]:
     return n, positions
 
 
+def _unpadded(pairs: Pairs, mean: bool) -> tuple[Pairs, int]:
+    """Zero the rows beside one-hot rows of zeros (padding), and return how many positions of all examples are left.
+
+    With ``mean`` right rows are scaled, so that their mean over all positions is that over those left.
+    """
+    n, positions = _count(pairs.right)
+    hot, other = (pairs.left, pairs.right) if isinstance(pairs.left, OneHot) else (pairs.right, pairs.left)
+    if not isinstance(hot, OneHot) or not isinstance(other, Tensor):
+        return pairs, n * positions
+    valid = hot.index >= 0
+    left = int(valid.sum())
+    if left == valid.numel():
+        return pairs, left
+    weight = valid.to(other.dtype).unsqueeze(-1)  # [n, R, 1]
+    if hot is pairs.right:
+        return Pairs(other * weight, hot, pairs.given), left
+    if mean:
+        weight = weight / weight.sum(1, keepdim=True).clamp_min(1) * positions
+    return Pairs(hot, other * weight, pairs.given), left
+
+
 def empty_factors(block: Block, like: Tensor) -> FactorSums:
     """Make zero sums for a block in the type and on the device of ``like``."""
     groups, high, wide = block.shape
-    sparse = all(
-        use.site.pairing is not None and use.site.pairing.sparse for uses in block.uses.values() for use in uses
-    )
-    flat = sparse or high > MAX_DENSE
-    A = like.new_zeros((groups, wide) if wide > MAX_DENSE else (groups, wide, wide))
-    return FactorSums(A, like.new_zeros((groups, high) if flat else (groups, high, high)))
+    found = [use for uses in block.uses.values() for use in uses]
+    hot = [use.transposed if use.site.pairing is not None and use.site.pairing.sparse else None for use in found]
+    diagonal = {"A": wide > MAX_DENSE or set(hot) == {True}, "G": high > MAX_DENSE or set(hot) == {False}}
+    A = like.new_zeros((groups, wide) if diagonal["A"] else (groups, wide, wide))
+    return FactorSums(A, like.new_zeros((groups, high) if diagonal["G"] else (groups, high, high)))
 
 
 def _add_side(total: Tensor, rows: Tensor | OneHot, over: str) -> None:
@@ -128,9 +149,10 @@ def _squared_counts(rows: OneHot, over: str) -> Tensor:
         return torch.bincount(rows.index[valid], minlength=rows.size)
     example = torch.arange(len(rows.index), device=rows.index.device).unsqueeze(1).expand_as(rows.index)
     keys, counts = (example * rows.size + rows.index)[valid].unique(return_counts=True)
-    scale = 1.0 if over == "sum" else 1.0 / rows.index.shape[1]
+    if over == "mean":
+        counts = counts / valid.sum(1)[keys // rows.size]
     made = torch.zeros(rows.size, dtype=torch.float64, device=rows.index.device)
-    return made.index_add_(0, keys % rows.size, (counts.double() * scale).square())
+    return made.index_add_(0, keys % rows.size, counts.double().square())
 
 
 @dataclass(frozen=True)

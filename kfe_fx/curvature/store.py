@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,12 @@ from kfe_fx.curvature.blocks import Blocks
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.kernels import symmetric
-from kfe_fx.curvature.statistics import MAX_DENSE, Basis, Factors, Moments
-from kfe_fx.errors import BadFile, UsageError
+from kfe_fx.curvature.statistics import Basis, Factors, Moments
+from kfe_fx.errors import UsageError
 from kfe_fx.program import Program
+
+if TYPE_CHECKING:
+    from kfe_fx.curvature.operators import Curvature
 
 FORMAT = 1
 
@@ -28,8 +30,8 @@ class BlockStore:
     """What is known of one block; see ``Block`` for its shape [K, o, i].
 
     ``sums`` holds A [K, i, i] and G [K, o, o] (upper block triangles, or diagonals), S [K, o, i] (squares in the
-    eigenbasis) and D [K, o, i] (squares of the parameters' gradients); ``counts`` what to divide them by; ``basis`` U_A,
-    U_G (columns are eigenvectors) with lam_A, lam_G.
+    eigenbasis) and D [K, o, i] (squares of the parameters' gradients); ``counts`` what to divide them by; ``basis``
+    U_A, U_G (columns are eigenvectors) with lam_A, lam_G.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class BlockStore:
     counts: dict[str, float] = field(default_factory=dict)
     basis: dict[str, Tensor] = field(default_factory=dict)
     fallback: str = ""
+    like: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)  # type and device of sums
 
     @property
     def examples(self) -> float:
@@ -90,6 +93,8 @@ class Store:
     def of(cls, program: Program, blocks: Blocks, **facts: Any) -> Store:
         """Make an empty store of a Program's blocks."""
         known = {block.name: BlockStore(block.kind, block.shape, block.parameters) for block in blocks.blocks}
+        for block in blocks.blocks:
+            known[block.name].like = program.tensor(block.weight).detach().new_empty(0)
         return cls(
             graph_hash(program), weights_hash(program), known, {"format": FORMAT, "kfe_fx": __version__, **facts}
         )
@@ -117,21 +122,31 @@ class Store:
             _count(self.blocks[name].counts, S_examples=sums.examples)
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Record where the statistics come from."""
+        """Record where the statistics come from; counts are summed over the ranks of a process group."""
         group = Group.current()
         self.facts |= facts
         if group.size > 1:
             self.facts["examples"] = int(group.sum_number(float(facts.get("examples", 0))))
+            skipped = facts.get("nonfinite", {})
+            totals = {name: int(group.sum_number(float(skipped.get(name, 0)))) for name in self.blocks}
+            self.facts["nonfinite"] = {name: times for name, times in totals.items() if times}
 
     def complete(self, *, moments: bool) -> None:
-        """Make zero sums where a process has seen nothing, so that all can add."""
-        for block in self.blocks.values():
-            groups, high, wide = block.shape
-            if moments and "S" not in block.sums:
-                block.sums["S"] = torch.zeros(block.shape)
-            elif not moments and block.kind == "kronecker" and "A" not in block.sums:
-                block.sums["A"] = torch.zeros((groups, wide, wide) if wide <= MAX_DENSE else (groups, wide))
-                block.sums["G"] = torch.zeros((groups, high, high) if high <= MAX_DENSE else (groups, high))
+        """Make zero sums where this process has seen nothing of what others have, so that all can add."""
+        keys = ("S",) if moments else ("A", "G", "D")
+        mine = {
+            (name, key): block.sums[key].dim()
+            for name, block in self.blocks.items()
+            for key in keys
+            if key in block.sums
+        }
+        for theirs in Group.current().gather(mine):
+            for (name, key), dims in theirs.items():
+                block = self.blocks[name]
+                if key not in block.sums:
+                    groups, high, wide = block.shape
+                    side = {"A": (wide, wide), "G": (high, high)}.get(key, (high, wide))
+                    block.sums[key] = block.like.new_zeros((groups, *side)[:dims])
 
     def decompose(self, group: Group | None = None) -> None:
         """Compute eigenbases of all factors, in float64, spread over the ranks of a process group."""
@@ -141,6 +156,7 @@ class Store:
             if A is None or G is None:
                 continue
             owner = number % group.size
+            block.fallback = ""
             for side, factor in (("A", A), ("G", G)):
                 if group.rank == owner:
                     found = eigenbasis(factor)
@@ -155,7 +171,9 @@ class Store:
                     vectors = vectors.contiguous()
                     group.share(vectors, owner)
                     block.basis[f"U_{side}"] = vectors
-            block.sums.pop("S", None)  # what was measured in another basis
+            # what was measured in another basis
+            block.sums.pop("S", None)
+            block.counts.pop("S_examples", None)
 
     def bases(self) -> dict[str, Basis]:
         """Return the eigenbases by block."""
@@ -164,6 +182,31 @@ class Store:
             for name, block in self.blocks.items()
             if block.basis
         }
+
+    def share_bases(self, other: Store) -> None:
+        """Take the eigenbases of another store, for S* that adds to what that one holds.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if not any(block.basis for block in other.blocks.values() if block.kind == "kronecker"):
+            raise UsageError("this store holds no eigenbases; fit 'kfac', or call decompose() on merged factors")
+        for name, block in self.blocks.items():
+            block.basis, block.fallback = dict(other.blocks[name].basis), other.blocks[name].fallback
+
+    def operator(self, program: Program, kind: str = "ekfac") -> Curvature:
+        """Return the statistics as a linear operator on vectors {name: tensor of the parameter's shape}.
+
+        Args:
+            program: the network that they are of.
+            kind: "diagonal", "kfac" or "ekfac".
+
+        Raises:
+            UsageError: they are of another network, or hold nothing of this kind.
+        """
+        from kfe_fx.curvature.operators import Curvature
+
+        return Curvature(self, program, kind)
 
     # checking --------------------------------------------------------------------------------------------------------
 
@@ -174,7 +217,9 @@ class Store:
             UsageError: the hashes differ.
         """
         if graph_hash(program) != self.graph:
-            raise UsageError("these curvature statistics are of another network (its graph differs); fit them again")
+            raise UsageError(
+                "these curvature statistics are of another network (its graph or shapes differ); fit them again"
+            )
         if weights and weights_hash(program) != self.weights:
             raise UsageError("these curvature statistics are older than the weights; fit them again")
 
@@ -194,41 +239,34 @@ class Store:
             if mine != theirs:
                 raise UsageError(f"these curvature statistics do not add: their {key} differs ({mine} and {theirs})")
         total = Store(self.graph, self.weights, {}, dict(self.facts))
-        total.facts["examples"] = self.facts.get("examples", 0) + other.facts.get("examples", 0)
+        if self.blocks.keys() != other.blocks.keys():
+            raise UsageError("these curvature statistics do not add: their blocks differ")
         for name, mine in self.blocks.items():
             total.blocks[name] = _merged(name, mine, other.blocks[name])
+        # what both have measured is of different examples; else one may add S* to the factors of the same
+        shared = any(mine.sums.keys() & other.blocks[name].sums.keys() for name, mine in self.blocks.items())
+        add = sum if shared else max
+        examples = [store.facts.get("examples", 0) for store in (self, other)]
+        skipped = [store.facts.get("nonfinite", {}) for store in (self, other)]
+        total.facts["examples"] = add(examples)
+        total.facts["nonfinite"] = {
+            name: add(one.get(name, 0) for one in skipped)
+            for name in self.blocks
+            if any(name in one for one in skipped)
+        }
         return total
 
     # files -----------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: tensors ``block/name``, metadata as JSON; the file appears whole or not at all."""
-        from safetensors.torch import save
+        """Write one safetensors file; it appears whole or not at all.
 
-        from kfe_fx.format.atomic import replacing
+        Raises:
+            BadFile: it cannot be written there.
+        """
+        from kfe_fx.curvature.store_file import write
 
-        tensors: dict[str, Tensor] = {}
-        told = []
-        for number, (name, block) in enumerate(self.blocks.items()):
-            for group, held in (("sums", block.sums), ("basis", block.basis)):
-                for key, tensor in held.items():
-                    tensors[f"{number}/{group}/{key}"] = tensor.detach().cpu().contiguous()
-            told.append(
-                {
-                    "name": name,
-                    "kind": block.kind,
-                    "shape": list(block.shape),
-                    "parameters": list(block.parameters),
-                    "counts": block.counts,
-                    "fallback": block.fallback,
-                }
-            )
-        document = {"graph": self.graph, "weights": self.weights, "facts": self.facts, "blocks": told}
-        data = save(tensors, {"kfe_fx_curvature": json.dumps(document, sort_keys=True)})
-        target = Path(path)
-        with replacing(target) as handle:
-            handle.write(data)
-        return target
+        return write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Store:
@@ -237,49 +275,9 @@ class Store:
         Raises:
             BadFile: it is no such file, or is damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        from kfe_fx.curvature.store_file import read
 
-        try:
-            with safe_open(str(path), "pt") as file:
-                text = (file.metadata() or {}).get("kfe_fx_curvature")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise BadFile(f"{path}: there is no such file") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise BadFile(f"{path}: this is no file of curvature statistics ({error})") from error
-        if text is None:
-            raise BadFile(f"{path}: this safetensors file holds no curvature statistics; write one with Store.save")
-        try:
-            return _read(json.loads(text), tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadFile(f"{path}: the curvature statistics are damaged ({error!r})") from error
-
-
-def _read(document: dict[str, Any], tensors: dict[str, Tensor]) -> Store:
-    if document["facts"]["format"] != FORMAT:
-        raise ValueError(f"format {document['facts']['format']}, this version reads {FORMAT}")
-    store = Store(str(document["graph"]), str(document["weights"]), {}, dict(document["facts"]))
-    for number, told in enumerate(document["blocks"]):
-        groups, high, wide = (int(size) for size in told["shape"])
-        block = BlockStore(str(told["kind"]), (groups, high, wide), tuple(told["parameters"]))
-        block.counts = {str(key): float(value) for key, value in told["counts"].items()}
-        block.fallback = str(told["fallback"])
-        prefix = f"{number}/"
-        for key, tensor in tensors.items():
-            if key.startswith(prefix):
-                _, kind, name = key.split("/")
-                _check_shape(name, tensor, block.shape)
-                {"sums": block.sums, "basis": block.basis}[kind][name] = tensor
-        store.blocks[str(told["name"])] = block
-    return store
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int, int]) -> None:
-    groups, high, wide = shape
-    side = {"A": wide, "U_A": wide, "lam_A": wide, "G": high, "U_G": high, "lam_G": high}.get(name)
-    allowed = {shape} if side is None else {(groups, side, side), (groups, side)}
-    if tuple(tensor.shape) not in allowed:
-        raise ValueError(f"{name} is {list(tensor.shape)} in a block {list(shape)}")
+        return read(Path(path))
 
 
 def _add(held: dict[str, Tensor], key: str, value: Tensor) -> None:
@@ -312,13 +310,13 @@ def _merged(name: str, mine: BlockStore, theirs: BlockStore) -> BlockStore:
 
 
 def graph_hash(program: Program) -> str:
-    """Hash the graphs of a Program without its taps."""
-    if not any(taps.tapped(graph) for graph in program.graphs.values()):
-        return program.hash()
-    twin = program.sharing()
-    for graph in twin.graphs.values():
-        taps.strip(graph)
-    return twin.hash()
+    """Hash the graphs of a Program without its taps, and the shapes of its parameters."""
+    if any(taps.tapped(graph) for graph in program.graphs.values()):
+        program = program.sharing()
+        for graph in program.graphs.values():
+            taps.strip(graph)
+    shapes = [f"{name} {list(value.shape)}" for name, value in program.module().named_parameters()]
+    return hashlib.sha256("\n".join([program.hash(), *shapes]).encode()).hexdigest()
 
 
 def weights_hash(program: Program) -> str:

@@ -15,7 +15,7 @@ from kfe_fx.curvature.pairs import OneHot, Pairs
 from kfe_fx.curvature.statistics import Basis, Moments, MomentSums
 from kfe_fx.optim import truncated
 from kfe_fx.optim.moving import Moving, decompose
-from kfe_fx.optim.preconditioned import MEAN, Preconditioned
+from kfe_fx.optim.preconditioned import EMPIRICAL, MEAN, Preconditioned
 from kfe_fx.program import Program
 
 _TOLERANCE = 1e-4  # of a probe of the gradient: beyond it p.grad is not what the taps saw
@@ -28,8 +28,9 @@ class EKFAC(Preconditioned):
         update = U_G [ (U_G^T grad U_A) / (S* + eps) ] U_A^T
         S*     = moving average of E_n[ (U_G^T dW_n U_A)^2 ], every step; reset to lam_G lam_A^T with each new basis
 
-    Bases are the eigenvectors of moving averages of A and G, refreshed every ``refresh`` steps in float64. ``eps`` is
-    ``damping`` times the mean of S* of the block. Where no weights are shared the rotated gradient is
+    Bases are the eigenvectors of moving averages of A and G, refreshed every ``refresh`` steps in float64. ``eps`` is one
+    number for all blocks, ``damping`` times the mean of their traces now or at the start, whichever is less: it follows
+    the scale of the loss, and does not grow with the curvature. Where no weights are shared the rotated gradient is
     ``(g U_G)^T (a U_A)`` at once; a random probe per step tells whether ``p.grad`` is still that (it was not clipped,
     nothing was added), else ``p.grad`` is rotated. Parameters without pairs of rows have the diagonal S* of their own
     gradients.
@@ -37,10 +38,13 @@ class EKFAC(Preconditioned):
     With ``rank`` the basis of each wide factor keeps its leading eigenvectors alone, by subspace iteration; what is
     orthogonal to them is taken as isotropic (see ``kfe_fx.optim.truncated``).
 
+    With the source "empirical" S* is that of the loss's own gradients: free, but it sees the signal as noise early in
+    training. With "sampled" it is the Fisher of the model, for one more backward pass without weight gradients.
+
     In training mode batch norm couples the examples; S* is then of the total derivative by each row.
 
     Example:
-        >>> optimizer = kfe_fx.optim.EKFAC(program, lr=0.1)
+        >>> optimizer = kfe_fx.optim.EKFAC(program)
         >>> for inputs, targets in loader:
         ...     optimizer.zero_grad()
         ...     F.cross_entropy(program.module()(inputs), targets).backward()
@@ -55,19 +59,21 @@ class EKFAC(Preconditioned):
         program: Program,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: float = 0.2,
+        momentum: float = 0.5,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        damping: float = 1e-3,
         refresh: int = 10,
         factor_every: int | None = None,
         rank: int | None = None,
         decay: float = 0.95,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 0.3,
         clip_norm: float | None = None,
+        source: str = EMPIRICAL,
         reduction: str = MEAN,
         accumulation: int = 1,
         fallback_lr: float = 1e-3,
+        seed: int = 0,
     ) -> None:
         """Attach to a Program.
 
@@ -77,16 +83,19 @@ class EKFAC(Preconditioned):
             lr: learning rate.
             momentum: of the preconditioned gradient, 0 to below 1.
             weight_decay: decoupled (Loshchilov & Hutter 2019).
-            damping: eps over the mean of S* of the block, above 0.
+            damping: eps over the mean trace of a block's curvature, above 0.
             refresh: steps between new bases.
             factor_every: steps between additions to A and G; by default a fifth of ``refresh``.
             rank: eigenvectors per factor, or None for all.
             decay: of the moving averages.
             kl_clip: bound on lr² <update, grad>, or None.
             clip_norm: bound on the norm of all updates together, after preconditioning, or None.
+            source: "empirical" (the loss itself) or "sampled" (labels drawn from the network; call ``sample`` between
+                the forward pass and ``loss.backward()``).
             reduction: "mean" or "sum", what the loss is over the examples of a batch.
             accumulation: number of backward passes per step whose losses are each divided by it.
             fallback_lr: of the AdamW steps for parameters that no block captures.
+            seed: of the labels that are drawn.
 
         Raises:
             UsageError: an argument has a value that means nothing.
@@ -95,6 +104,7 @@ class EKFAC(Preconditioned):
         self._moving = Moving(decay)
         self._moments: dict[str, Moments] = {}
         self._rotated: dict[str, Tensor] = {}
+        self._eps = 0.0
         self._probes: dict[str, tuple[Tensor, Tensor]] = {}
         super().__init__(
             program,
@@ -108,9 +118,11 @@ class EKFAC(Preconditioned):
             decay=decay,
             kl_clip=kl_clip,
             clip_norm=clip_norm,
+            source=source,
             reduction=reduction,
             accumulation=accumulation,
             fallback_lr=fallback_lr,
+            seed=seed,
         )
 
     # during the backward pass ----------------------------------------------------------------------------------------
@@ -134,7 +146,7 @@ class EKFAC(Preconditioned):
         if held is None:
             alone = block.kind == "kronecker" and not isinstance(pairs.left, OneHot) and pairs.left.shape[2] == 1
             basis = Basis(state.get("U_A"), state.get("U_G"))
-            keeps = alone and not self._is_truncated(state)
+            keeps = alone and self.source == EMPIRICAL and not self._is_truncated(state)
             held = self._moments[block.name] = Moments({block.name: basis}, means=keeps)
         return held
 
@@ -151,6 +163,26 @@ class EKFAC(Preconditioned):
                 self._moving.absorb(block, state, group, self.program.tensor(block.weight))
                 if "S" not in state and "A" in state:
                     self._refresh(block, state, group, number % group.size)
+        self._eps = self._scale()
+
+    def _scale(self) -> float:
+        """Return what damping is relative to: the mean trace of a block, now or at the start, whichever is less."""
+        now = float(self._traces())
+        first = self.param_groups[0]
+        if not first.get("trace", 0.0):
+            first["trace"] = now
+        return min(now, first["trace"])
+
+    def _traces(self) -> Tensor:
+        """Return the mean over all blocks of the trace of their curvature."""
+        found = []
+        for block in self.blocks:
+            state = self.block_state(block)
+            if self._is_truncated(state):
+                found.append(truncated.trace(state, block.shape[1], block.shape[2]).sum())
+            elif "S" in state:
+                found.append(state["S"].sum())
+        return torch.stack(found).mean() if found else torch.zeros(())
 
     def _follow(self, block: Block, state: dict[str, Any], sums: MomentSums | None, group: Group) -> None:
         """Move S* towards what the batch says, and keep the rotated gradient if it came along."""
@@ -203,12 +235,10 @@ class EKFAC(Preconditioned):
         state = self.block_state(block)
         if "S" not in state:  # every batch so far had gradients that are not finite
             return torch.zeros_like(grad), grad.sum() * 0
-        damping = self._groups[id(self.program.tensor(block.weight))]["damping"]
         S: Tensor = state["S"]
+        eps = S.new_tensor(self._eps * self._groups[id(self.program.tensor(block.weight))]["damping"])
         if self._is_truncated(state):
-            eps = damping * truncated.mean_moment(state, block.shape[1], block.shape[2])
-            return truncated.solve(state, grad, eps.clamp_min(_TINY))
-        eps = damping * S.mean((1, 2), keepdim=True)
+            return truncated.solve(state, grad, eps.clamp_min(_TINY).expand(len(S)))
         U_A, U_G = state.get("U_A"), state.get("U_G")
         turned = self._turned(block, grad, U_A, U_G)
         update = turned / (S + eps).clamp_min_(_TINY)  # a dead block has zero gradients, and steps by zero

@@ -22,7 +22,7 @@ class KFAC(EKFAC):
         damping_kind="factored":  update = (G + sqrt(eps)/pi I)^{-1} grad (A + pi sqrt(eps) I)^{-1},
                                   pi = sqrt( (tr A / dim A) / (tr G / dim G) ), 1 where a trace is zero
 
-    ``eps`` is ``damping`` times the mean of lam_G lam_A^T. The rest is as in ``EKFAC``, whose arguments it takes; S* is not
+    The rest, ``eps`` too, is as in ``EKFAC``, whose arguments it takes; S* is not
     tracked.
     """
 
@@ -39,6 +39,7 @@ class KFAC(EKFAC):
         if damping_kind == "factored" and options.get("rank") is not None:
             raise UsageError("factored damping needs whole factors; leave out rank, or take damping_kind='exact'")
         self.damping_kind = damping_kind
+        self._stale: set[str] = set()  # blocks whose inverses are of older factors
         super().__init__(program, params, **options)
 
     def _refresh(self, block: Block, state: dict[str, Any], group: Group, owner: int) -> None:
@@ -46,23 +47,34 @@ class KFAC(EKFAC):
             super()._refresh(block, state, group, owner)
             return
         A, G = factor(state, "A"), factor(state, "G")
-        damping = self._groups[id(self.program.tensor(block.weight))]["damping"]
-        means = [(one.diagonal(dim1=1, dim2=2) if one.dim() == 3 else one).mean(1) for one in (A, G)]
-        eps = damping * means[0] * means[1]
-        live = (means[0] > 0) & (means[1] > 0)
-        pi = torch.where(live, (means[0] / means[1].where(live, 1.0)).sqrt(), 1.0)
-        state["inverse_A"] = _inverse(A, pi * eps.sqrt())
-        state["inverse_G"] = _inverse(G, eps.sqrt() / pi)
-        state["S"] = A.new_zeros(1)  # there is a basis to speak of
+        state["traces"] = torch.stack([_trace(A), _trace(G)])  # [2, K]
+        state["S"] = (_trace(A) * _trace(G)).view(-1, 1, 1)  # what the damping is relative to
+        self._stale.add(block.name)
 
     def _precondition(self, block: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
         state = self.block_state(block)
-        if "inverse_A" not in state:
+        if self.damping_kind == "exact" or "traces" not in state:
             return super()._precondition(block, grad)
+        if block.name in self._stale or "inverse_A" not in state:
+            self._invert(block, state)
         A, G = state["inverse_A"], state["inverse_G"]
         made = torch.bmm(G, grad) if G.dim() == 3 else G.unsqueeze(2) * grad
         update = torch.bmm(made, A) if A.dim() == 3 else made * A.unsqueeze(1)
         return update, (update * grad).sum()
+
+    def _invert(self, block: Block, state: dict[str, Any]) -> None:
+        self._stale.discard(block.name)
+        A, G = factor(state, "A"), factor(state, "G")
+        eps = A.new_tensor(self._eps * self._groups[id(self.program.tensor(block.weight))]["damping"])
+        means = [total / width for total, width in zip(state["traces"], (A.shape[-1], G.shape[-1]), strict=True)]
+        live = (means[0] > 0) & (means[1] > 0)
+        pi = torch.where(live, (means[0] / means[1].where(live, 1.0)).sqrt(), 1.0)
+        state["inverse_A"] = _inverse(A, pi * eps.sqrt())
+        state["inverse_G"] = _inverse(G, eps.sqrt() / pi)
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return (matrix.diagonal(dim1=1, dim2=2) if matrix.dim() == 3 else matrix).sum(1)
 
 
 def _inverse(matrix: Tensor, damping: Tensor) -> Tensor:

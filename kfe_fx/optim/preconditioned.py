@@ -15,8 +15,12 @@ from kfe_fx.curvature.collector import Collector
 from kfe_fx.curvature.observation import Observation
 from kfe_fx.errors import UsageError
 from kfe_fx.program import Program, tied_names
+from kfe_fx.training.batches import Batch
+from kfe_fx.training.likelihood import GAUSSIAN, Likelihood
+from kfe_fx.training.losses import resolve_loss
 
 MEAN, SUM = "mean", "sum"
+EMPIRICAL, SAMPLED = "empirical", "sampled"
 _ADAM = (0.9, 0.999, 1e-8)
 
 
@@ -24,8 +28,9 @@ class Preconditioned(torch.optim.Optimizer):
     """Steps along ``-(F + damping I)^{-1} grad`` per block of a Program, ``F`` from taps during ``loss.backward()``.
 
     A step is ``p <- (1 - lr·weight_decay) p - lr·m`` with ``m <- momentum·m + nu·clip(update)``; momentum lives in
-    parameter space, so that a new basis does not touch it. ``nu = min(1, sqrt(kl_clip / (lr² sum <update, grad>)))``
-    bounds the step's length in the metric of F (Martens & Grosse 2015, section 6.5; Ba et al. 2017, section 5).
+    parameter space, so that a new basis does not touch it. ``nu = min(1, sqrt(kl_clip / (lr0² sum <update, grad>)))``
+    with the first learning rate lr0 bounds the step's length in the metric of F (Ba et al. 2017, section 5), and leaves
+    a schedule its say.
 
     Parameters that no block captures take AdamW steps of ``fallback_lr`` (``left_out`` names them). A step with a
     gradient that is not finite is not taken, and counted in ``skipped``; statistics leave out batches with such
@@ -47,9 +52,11 @@ class Preconditioned(torch.optim.Optimizer):
         decay: float = 0.95,
         kl_clip: float | None = 1e-3,
         clip_norm: float | None = None,
+        source: str = EMPIRICAL,
         reduction: str = MEAN,
         accumulation: int = 1,
         fallback_lr: float = 1e-3,
+        seed: int = 0,
     ) -> None:
         """Attach to a Program; see the subclasses for the arguments.
 
@@ -58,6 +65,8 @@ class Preconditioned(torch.optim.Optimizer):
         """
         if reduction not in (MEAN, SUM):
             raise UsageError(f"the loss is a mean or a sum over the examples of a batch, not {reduction!r}")
+        if source not in (EMPIRICAL, SAMPLED):
+            raise UsageError(f"there is no source {source!r} for an optimizer; choose {EMPIRICAL} or {SAMPLED}")
         for name, value, least in (("refresh", refresh, 1), ("accumulation", accumulation, 1), ("lr", lr, 0.0)):
             if value < least:
                 raise UsageError(f"{name} is {value}; give at least {least}")
@@ -66,6 +75,8 @@ class Preconditioned(torch.optim.Optimizer):
         self.program = program
         self.accumulation = accumulation
         self.reduction = reduction
+        self.source = source
+        self.seed = seed
         self.refresh = refresh
         self.factor_every = factor_every or max(1, refresh // 5)
         self.skipped = 0
@@ -99,7 +110,42 @@ class Preconditioned(torch.optim.Optimizer):
             if p.requires_grad and self._names[id(p)] not in covered
         }
         self._collector = Collector(program, blocks, self.blocks, self._see)
+        self._collector.enabled = source == EMPIRICAL
+        # the cheapest parameter of each site: a backward pass that ends there goes by every tap
+        self._ends = sorted({block.bias or block.weight for block in self.blocks})
         self._collector.attach()
+
+    def sample(self, outputs: Any, loss: str | None = None) -> None:
+        """Observe a backward pass with labels drawn from the network's own distribution, for the source "sampled".
+
+        Call it between the forward pass and ``loss.backward()``. ``p.grad`` stays as it is, and no weight's gradient is
+        formed.
+
+        Args:
+            outputs: what the forward pass returned.
+            loss: what the loss is the negative log-likelihood of: "cross-entropy", "mse" (the mean over elements),
+                "gaussian" (half the sum of squares), or None: cross-entropy for scores [N, C, ...], else gaussian.
+
+        Raises:
+            UsageError: the optimizer's source is another.
+        """
+        if self.source != SAMPLED:
+            raise UsageError(f"the optimizer's source is {self.source!r}: sample is for EKFAC(..., source='sampled')")
+        run = self._collector.latest()
+        if run is None:
+            return
+        gaussian = loss == "gaussian"
+        likelihood = Likelihood(None if gaussian else resolve_loss(loss, None), self.seed * 1_000_003 + self._drawn)
+        likelihood.family = GAUSSIAN if gaussian else likelihood.family
+        self._drawn += 1
+        total = likelihood.total(outputs, Batch(list(run.inputs.values()), None, run.examples))
+        ends = [self.program.tensor(name) for name in self._ends]
+        self._collector.enabled = True
+        try:
+            torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)
+            self._collector.flush()
+        finally:
+            self._collector.enabled = False
 
     def _captures(self, block: Block) -> bool:
         tensors = [self.program.tensor(name) for name in block.parameters]
@@ -140,7 +186,17 @@ class Preconditioned(torch.optim.Optimizer):
 
     def scale_of(self, observation: Observation) -> float:
         """Return what makes gradients of the loss gradients of each example's own."""
+        if self.source == SAMPLED:
+            return 1.0  # the drawn loss is a sum over the examples
         return float((observation.examples if self.reduction == MEAN else 1) * self.accumulation)
+
+    @property
+    def _drawn(self) -> int:
+        return int(self.param_groups[0].get("drawn", 0))
+
+    @_drawn.setter
+    def _drawn(self, value: int) -> None:
+        self.param_groups[0]["drawn"] = value
 
     @property
     def steps(self) -> int:
@@ -158,7 +214,8 @@ class Preconditioned(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._collector.flush()
+        if self.source == EMPIRICAL:
+            self._collector.flush()
         self._settle(self.steps)
         updates: dict[int, Tensor] = {}
         inner: list[Tensor] = []
@@ -194,7 +251,7 @@ class Preconditioned(torch.optim.Optimizer):
         scales = []
         for group in self.param_groups:
             scale = 1.0
-            length = group["lr"] ** 2 * total
+            length = group["base_lr"] ** 2 * total  # a schedule of lr shortens steps that are clipped, too
             if group["kl_clip"] is not None and length > 0:
                 scale = min(1.0, math.sqrt(group["kl_clip"] / length))
             if group["clip_norm"] is not None and updates:

@@ -72,11 +72,10 @@ def solve(state: dict[str, Any], grad: Tensor, eps: Tensor) -> tuple[Tensor, Ten
     return update, (update * grad).sum()
 
 
-def mean_moment(state: dict[str, Any], high: int, wide: int) -> Tensor:
-    """Return the mean of the curvature over all o·i coordinates, [K]."""
+def trace(state: dict[str, Any], high: int, wide: int) -> Tensor:
+    """Return the trace of the curvature over all o·i coordinates, [K]."""
     S, lam_A, lam_G = state["S"], state["lam_A"], state["lam_G"]
     zero = S.new_zeros(len(S))
     a, g = state.get("rest_A", zero), state.get("rest_G", zero)
     more_A, more_G = wide - S.shape[2], high - S.shape[1]
-    total = S.sum((1, 2)) + lam_G.sum(1) * a * more_A + g * more_G * lam_A.sum(1) + g * a * more_A * more_G
-    return total / (high * wide)
+    return S.sum((1, 2)) + lam_G.sum(1) * a * more_A + g * more_G * lam_A.sum(1) + g * a * more_A * more_G

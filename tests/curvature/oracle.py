@@ -37,7 +37,7 @@ def targets_of(count: int) -> Tensor:
 
 def examples_of(program: Program, inputs: tuple[Any, ...], start: int, stop: int) -> list[Any]:
     """Take some examples of flat inputs."""
-    dims = {n: 0 for n in program.signature.input_names}
+    dims = program.example_dims()
     cut = []
     for name, value in zip(program.signature.input_names, inputs, strict=True):
         dim = dims.get(name)
@@ -75,11 +75,11 @@ def measured(program: Program, inputs: tuple[Any, ...], targets: Tensor, **optio
     return fit(program, data, **options)
 
 
-def assert_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Compare to 1e-9 of the largest entry."""
+def assert_equal(found: Tensor, expected: Tensor, what: str, least: float = 1e-12) -> None:
+    """Compare to 1e-9 of the largest entry, or of ``least`` where that is larger."""
     assert found.shape == expected.shape, f"{what}: {list(found.shape)}, not {list(expected.shape)}"
-    scale = max(float(expected.abs().max()), 1e-12)
-    error = float((found - expected).abs().max())
+    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, least)
+    error = float((found - expected).abs().max()) if expected.numel() else 0.0
     assert error <= RELATIVE * scale, f"{what}: off by {error:.3g} of {scale:.3g}"
 
 
