@@ -23,6 +23,8 @@ COMMANDS = {
     "verify": "check what prune wrote, files and function",
     "bench": "measure ONNX files against each other",
     "capture": "turn a module into a program file",
+    "train": "train a network, with curvature or without",
+    "curvature": "show and measure second moments of its gradients",
     "demo": "prune a small trained network that comes along",
 }
 

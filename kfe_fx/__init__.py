@@ -30,6 +30,8 @@ from kfe_fx.errors import (
 )
 
 if TYPE_CHECKING:
+    from kfe_fx import curvature as curvature
+    from kfe_fx import optim as optim
     from kfe_fx.format import save as save
     from kfe_fx.frontend.capture import capture as capture
     from kfe_fx.frontend.load import load_program as load
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from kfe_fx.program import Program as Program
     from kfe_fx.runtime.artifacts import verify as verify
     from kfe_fx.runtime.onnx_file import export as export
+    from kfe_fx.training.train import train as train
 
 __version__ = "0.1.0"
 
@@ -56,6 +59,7 @@ _LAZY = {
     "load": "kfe_fx.frontend.load:load_program",
     "prune": "kfe_fx.passes.prune:prune",
     "save": "kfe_fx.format:save",
+    "train": "kfe_fx.training.train:train",
     "verify": "kfe_fx.runtime.artifacts:verify",
 }
 
@@ -80,12 +84,18 @@ __all__ = [
     "load",
     "prune",
     "save",
+    "train",
     "verify",
 ]
+
+# packages that are part of the public face: kfe_fx.curvature.fit, kfe_fx.optim.EKFAC
+_PACKAGES = ("curvature", "optim")
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the module that defines it, once."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"kfe_fx.{name}")
     try:
         module, attribute = _LAZY[name].split(":")
     except KeyError:
@@ -97,4 +107,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List what is loaded and what can be."""
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_PACKAGES})

@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import keyword
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.fx.node import map_arg
 from kfe_fx import taps
 from kfe_fx.errors import UsageError
 from kfe_fx.structure import flatten_like, pack
+
+
+_BATCH_NAMES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (r"batch(_?size)?(_\d+)?", "b", "n"))
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,22 @@ class Program:
         return Program(module, self.example_inputs, self.axes, self.lineage, self.notes, dict(self.extras))
 
     def batch_axes(self) -> set[str]:
-        """Return the names of the dynamic axes that count examples: those at dim 0 of an input."""
+        """Return the names of the dynamic axes that count examples.
+
+        Axes called "batch" ("batch_1", ...) do wherever they lie; else those called "b", else "n"; else those at dim 0 of
+        an input.
+        """
+        names = {axis for dims in self.axes.values() for axis in dims.values()}
+        for called in _BATCH_NAMES:
+            if found := {name for name in names if called.fullmatch(name)}:
+                return found
         return {dims[0] for dims in self.axes.values() if 0 in dims}
+
+    def example_dims(self) -> dict[str, int]:
+        """Return by name of an input the dim that counts its examples; inputs that hold none are left out."""
+        counting = self.batch_axes()
+        dims = ((name, [dim for dim, axis in sorted(axes.items()) if axis in counting]) for name, axes in self.axes.items())
+        return {name: found[0] for name, found in dims if found}
 
     def flat_examples(self) -> list[Any]:
         """Return the example inputs in graph order."""

@@ -42,7 +42,7 @@ def insert(graph: fx.Graph, sites: Iterable[tuple[str, list[str]]]) -> int:
     for site, inputs in sites:
         node = nodes[site]
         with graph.inserting_after(node):
-            made = graph.call_function(TAP, (node, [nodes[name] for name in inputs], site))
+            made = graph.call_function(TAP, (node, [nodes[name] for name in inputs], site), name=f"tap_{site}")
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
         count += 1
@@ -51,7 +51,7 @@ def insert(graph: fx.Graph, sites: Iterable[tuple[str, list[str]]]) -> int:
 
 
 def strip(graph: fx.Graph) -> int:
-    """Take every tap out of a graph, in place; the nodes that stay are those from before. Return how many there were."""
+    """Take every tap out of a graph, in place, and return how many there were; the nodes that stay are as before."""
     found = list(graph.find_nodes(op="call_function", target=TAP))
     for node in found:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -62,6 +62,24 @@ def strip(graph: fx.Graph) -> int:
 def tapped(graph: fx.Graph) -> bool:
     """Tell whether a graph has taps."""
     return bool(graph.find_nodes(op="call_function", target=TAP))
+
+
+def untapped(node: fx.Node) -> fx.Node:
+    """Return the node whose value a tap passes on, or the node itself."""
+    while node.target is TAP:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def users_of(node: fx.Node) -> list[fx.Node]:
+    """List what reads the value of a node, as if there were no taps."""
+    found: dict[fx.Node, None] = {}
+    for user in node.users:
+        if user.target is not TAP:
+            found[user] = None
+        elif user.args[0] is node:  # the other taps only keep it
+            found |= dict.fromkeys(users_of(user))
+    return list(found)
 
 
 def observe(graph: fx.Graph, observer: Observer) -> None:

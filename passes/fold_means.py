@@ -15,6 +15,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
+from kfe_fx.taps import untapped, users_of
 from kfe_fx.training.batches import Batches
 
 aten = torch.ops.aten
@@ -176,7 +177,8 @@ def _reads(arg: Any) -> bool:
 
 def _added(node: fx.Node) -> fx.Node | None:
     """Return the parameter that is added right behind a product, ``x @ w + b``."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
+    users = users_of(node)
+    user = users[0] if len(users) == 1 else None
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
     return next((arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node and _reads(arg)), None)
@@ -187,8 +189,11 @@ def _target(consumer: _Consumer) -> tuple[str, float] | None:
     if consumer.bias is not None:
         return consumer.bias, 1.0
     node = consumer.node
-    norm = next(iter(node.users)) if len(node.users) == 1 else None
-    if norm is None or norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]:
+    users = users_of(node)
+    norm = users[0] if len(users) == 1 else None
+    if norm is None or norm.target is not aten.batch_norm.default or norm.args[5]:
+        return None
+    if untapped(norm.args[0]) is not node:  # type: ignore[arg-type]
         return None
     return (str(norm.args[3].target), -1.0) if _reads(norm.args[3]) else None  # type: ignore[union-attr]
 

@@ -17,6 +17,7 @@ from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.passes.proof import prove
 from kfe_fx.passes.rounds import Rounds, Settings
+from kfe_fx.passes.strip_curvature import StripCurvature
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples
@@ -87,7 +88,7 @@ def prune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruneResult:
-    """Make a network smaller until it meets a budget; what is given is never touched.
+    """Make a network smaller until it meets a budget; what is given is never touched. Taps are left out.
 
     Args:
         program_or_module: a Program, or an nn.Module with ``example_inputs``.
@@ -123,7 +124,9 @@ def prune(
         VerificationFailed: the result does not compute what the masked original computes.
     """
     _check(budget, metric, heads, threads, batch, batch_size, rounds, epochs, lr)
-    program = _program(program_or_module, example_inputs)
+    if optimizer not in ("adamw", "sgd"):
+        raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
+    program = StripCurvature().run(_program(program_or_module, example_inputs)).program
     settings = Settings(
         budget, metric, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads,
         batch, tuple(keep), heads, seed,

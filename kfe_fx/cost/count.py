@@ -183,7 +183,7 @@ class CostModel:
         """Return the size of each dim of a parameter, buffer or constant."""
         if name not in self._tensors:
             known = (other for other in self._tied.get(name, (name,)) if other in self.analysis.params)
-            layout = self.analysis.params[next(known, name)] if name in self._tied else ()
+            layout = self.analysis.params.get(next(known, name), ()) if name in self._tied else ()
             self._tensors[name] = self._products(get_tensor(self.program.module(), name).shape, layout)
         return self._tensors[name]
 

@@ -128,14 +128,18 @@ def find_blocks(program: Program) -> Blocks:
     reasons = {name: f"is {_kind(value)}" for name, value in own.items() if not value.is_floating_point()}
     trained = own.keys() - reasons.keys()
     sites: dict[str, tuple[Site, ...]] = {}
+    idle: dict[str, str] = {}
     for mode in sorted(program.graphs):
         graph = copy_graph(program.graphs[mode])
         taps.strip(graph)
-        sites[mode] = tuple(Look(program, graph, mode, trained).sites(reasons.setdefault))
+        look = Look(program, graph, mode, trained)
+        sites[mode] = tuple(look.sites(reasons.setdefault))
+        idle |= look.idle
     blocks = Claims(program, sites, [name for name in own if name not in reasons]).blocks()
     claimed = {name for block in blocks for name in block.parameters}
-    left = [name for name in own if name not in claimed]
-    return Blocks(tuple(blocks), sites, tuple(LeftOut(name, reasons.get(name, "never reaches an output")) for name in left))
+    reasons = dict.fromkeys(own, "never reaches an output") | idle | reasons
+    left = tuple(LeftOut(name, reasons[name]) for name in own if name not in claimed)
+    return Blocks(tuple(blocks), sites, left)
 
 
 def _kind(value: Tensor) -> str:

@@ -52,13 +52,16 @@ class Collector:
     def __call__(self, value: Tensor, inputs: list[Tensor], site: str) -> Tensor:
         """See one value go by."""
         run = self._run
-        if run is None or not self._uses[run.mode].get(site) or not torch.is_grad_enabled():
+        uses = self._uses[run.mode].get(site) if run is not None and torch.is_grad_enabled() else None
+        if run is None or not uses:
             return value
         if not value.requires_grad:
             if not self.forced:
                 return value
             value = value.detach().requires_grad_()  # its own: the operation may hand on an input of the user's
             value.register_post_accumulate_grad_hook(_forget)
+        elif uses[0][1].site.several:
+            value = value.view_as(value)  # one output may be made of another: what that takes is not seen twice
         kept = [item.detach() for item in inputs]
         value.register_hook(partial(self._seen, run, site, kept))
         return value

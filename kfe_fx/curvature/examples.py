@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from kfe_fx.curvature.operands import MOVEMENTS
+from kfe_fx.curvature.operands import MOVEMENTS, draws
 from kfe_fx.labels.analysis import BATCH, analysis_sizes, track
 from kfe_fx.labels.examples import ExampleTracker
 from kfe_fx.labels.tracker import Dims, Layers
@@ -154,7 +154,7 @@ class Examples(ExampleTracker):
 
     def _probed(self, node: fx.Node) -> list[Dims] | None:
         """Change one example of the inputs at a time and see along which dim of the outputs the change stays apart."""
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op != "call_function":
             return None
         inputs = [arg for arg in node.all_input_nodes if isinstance(self.fakes.get(arg), Tensor)]
         if sum(math.prod(self.shape(arg)) for arg in inputs) > PROBED:
@@ -203,7 +203,7 @@ class Examples(ExampleTracker):
         if node.op == "get_attr":
             value = self.program.tensor(str(node.target))
             return None if value.is_floating_point() else value.detach().cpu()
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op != "call_function" or draws(node):
             return None
         values = {arg: self._known(arg) for arg in node.all_input_nodes}
         if any(value is None for value in values.values()):
@@ -229,7 +229,8 @@ def _nowhere(fake: Any) -> Dims:
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> list[Tensor]:
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: values[arg])
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is drawn is the same each time
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     return list(result) if isinstance(result, list | tuple) else [result]
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfe_fx.curvature.blocks import Block, Blocks, find_blocks
+from kfe_fx.curvature.blocks import Blocks, find_blocks
 from kfe_fx.curvature.collector import Collector
 from kfe_fx.curvature.distributed import Group, known_facts, sum_store
-from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.observation import Observation
-from kfe_fx.curvature.statistics import EXPAND, REDUCE, Basis, Factors, Moments, Statistic
+from kfe_fx.curvature.statistics import EXPAND, REDUCE, Factors, Moments, Statistic
 from kfe_fx.curvature.store import Store
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, put_tensor
@@ -25,7 +24,7 @@ from kfe_fx.training.losses import Loss, cut, resolve_loss, separable, settle
 SOURCES = ("empirical", "sampled", "exact")
 STATISTICS = ("diagonal", "kfac", "ekfac")
 Progress = Callable[[str, float | None], None]
-EXACT_CLASSES = 20
+EXACT_OUTPUTS = 20
 
 
 def fit(
@@ -237,8 +236,7 @@ class Fitter:
         except BadData:
             return "empirical"
         per_example = values.numel() // max(1, batch.count)
-        small = per_example <= EXACT_CLASSES if columns.family == CATEGORICAL else per_example <= EXACT_CLASSES
-        return "exact" if small else "sampled"
+        return "exact" if per_example <= EXACT_OUTPUTS else "sampled"
 
     def _sink(self, observation: Observation) -> None:
         for pairs in observation.chunks():

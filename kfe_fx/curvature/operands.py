@@ -24,6 +24,7 @@ MOVEMENTS = frozenset(
         *("numpy_T", "mT", "swapaxes", "movedim.intlist", "movedim.int", "unsqueeze", "squeeze", "squeeze.dim"),
         *("squeeze.dims", "select.int", "slice.Tensor", "unbind.int", "narrow", "split.Tensor", "split_with_sizes"),
         *("chunk", "flip", "roll", "contiguous", "clone", "alias", "expand", "expand_as", "repeat", "tile"),
+        *("dropout", "feature_dropout", "alpha_dropout"),  # what draws is not the same for all examples
         *("index_select", "view_as", "reshape_as", "repeat_interleave.self_int", "embedding", "index.Tensor"),
     )
 ) | {operator.getitem}
@@ -102,7 +103,7 @@ class Operands:
         for node in graph.nodes:
             if node.op == "get_attr":
                 self._steps[node], self._sized[node] = (node,), ()
-            elif node.op == "call_function" and not _draws(node):
+            elif node.op == "call_function" and not draws(node):
                 self._follow(node, counts)
 
     def _follow(self, node: fx.Node, counts: Callable[[fx.Node, int], bool]) -> None:
@@ -153,8 +154,14 @@ class Operands:
         return self._name(node) in self._trained
 
 
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+def draws(node: fx.Node) -> bool:
+    """Tell whether an operation draws random numbers."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    off = any(given.get(name) is False for name in ("train", "training"))
+    return not off and not any(given.get(name) == 0 for name in ("p", "dropout", "dropout_p"))
 
 
 def _skips(node: fx.Node) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from kfe_fx.curvature import rules as _rules  # registers the pairings
+from kfe_fx.curvature.direct import CONTRIBUTIONS
 from kfe_fx.curvature.examples import Examples
 from kfe_fx.curvature.layout import Layout
-from kfe_fx.curvature.operands import Operand, Operands
+from kfe_fx.curvature.operands import Operand, Operands, draws
 from kfe_fx.curvature.pairings import PAIRINGS, Pairing
 from kfe_fx.labels.analysis import analysis_sizes
 from kfe_fx.program import Program
@@ -47,7 +48,12 @@ class Site:
     @property
     def operation(self) -> fx.Node:
         """The node that computes."""
-        return self.node.args[0] if self.node.target is operator.getitem else self.node  # type: ignore[return-value]
+        return self.node.args[0] if self.several else self.node  # type: ignore[return-value]
+
+    @property
+    def several(self) -> bool:
+        """Whether the operation has several outputs, of which this is one."""
+        return self.node.target is operator.getitem
 
     @property
     def batched(self) -> bool:
@@ -65,6 +71,8 @@ class Look:
         twin.module().graphs[mode] = graph
         fakes = propagate_all(twin, (mode,), analysis_sizes(program))[mode]
         self.graph = graph
+        self.idle: dict[str, str] = {}  # parameters that no gradient comes to somewhere, and why
+        self.evaluating = mode == "eval"
         self.examples = Examples(twin, graph, fakes)
         self.operands = Operands(program, graph, trained, self._counts)
 
@@ -112,7 +120,7 @@ class Look:
 
     def sites(self, missing: Missing) -> list[Site]:
         """Find the operations where parameters meet what depends on the examples; tell ``missing`` what has no site."""
-        found = []
+        found: list[Site] = []
         for node in self.graph.nodes:
             if node.op in ("placeholder", "get_attr") or self.fixed(node):
                 continue
@@ -120,10 +128,13 @@ class Look:
             if not operands:
                 continue
             tapped = self._tapped(node)
-            for operand in operands if tapped is None else ():
-                for name in operand.names:
+            made = [self._site(node, each, tuple(operands)) for each in tapped or ()]
+            if not made and node.users:
+                self.idle |= {name: f"only {_goes(node)}, which has no gradient" for one in operands for name in one.names}
+            if tapped is None or (self.evaluating and any(_drawn(site) for site in made)):
+                for name in (name for operand in operands for name in operand.names):
                     missing(name, _reason(node))
-            found += [self._site(node, each, tuple(operands)) for each in tapped or ()]
+            found += made
         return found
 
     def _tapped(self, node: fx.Node) -> list[fx.Node] | None:
@@ -142,10 +153,22 @@ class Look:
         rule = PAIRINGS.get(node.target) if tapped is node else None
         pairing = rule(self, node) if rule is not None else None
         inputs = tuple(dict.fromkeys(self._behind(node)))
-        return Site(tapped, pairing, operands, inputs, {arg.name: self.layout(arg) for arg in (*inputs, tapped)})
+        layouts = {arg.name: self.layout(arg) for arg in (*inputs, tapped)}
+        made = Site(tapped, pairing, operands, inputs, layouts)
+        return replace(made, layouts={**layouts, tapped.name: None}) if _drawn(made) else made
+
+
+def _drawn(site: Site) -> bool:
+    """Tell whether a site would have to be run again to be differentiated, and would then draw other numbers."""
+    known = site.pairing is not None or site.operation.target in CONTRIBUTIONS
+    return draws(site.operation) and not known
 
 
 def _reason(node: fx.Node) -> str:
     if node.op == "output":
         return "is an output that no example goes into"
-    return f"goes into {str(node.target).removesuffix('.default')}, which has no rule"
+    return f"{_goes(node)}, which draws at random" if draws(node) else f"{_goes(node)}, which has no rule"
+
+
+def _goes(node: fx.Node) -> str:
+    return f"goes into {str(node.target).removesuffix('.default')}"

@@ -151,26 +151,30 @@ class Store:
     def decompose(self, group: Group | None = None) -> None:
         """Compute eigenbases of all factors, in float64, spread over the ranks of a process group."""
         group = group or Group.current()
-        for number, block in enumerate(self.blocks.values()):
-            A, G = block.A, block.G
-            if A is None or G is None:
-                continue
-            owner = number % group.size
+        known = [block for block in self.blocks.values() if "A" in block.sums and "G" in block.sums]
+        for block in known[group.rank :: group.size]:  # each rank its own first, so that all work at once
             block.fallback = ""
-            for side, factor in (("A", A), ("G", G)):
-                if group.rank == owner:
-                    found = eigenbasis(factor)
-                    values, vectors = found.values, found.vectors
-                    block.fallback = "; ".join(filter(None, (block.fallback, found.fallback)))
-                else:
-                    values = factor.new_empty(factor.shape[:2])
-                    vectors = torch.empty_like(factor) if factor.dim() == 3 else None
-                group.share(values, owner)
-                block.basis[f"lam_{side}"] = values
-                if vectors is not None:
-                    vectors = vectors.contiguous()
-                    group.share(vectors, owner)
-                    block.basis[f"U_{side}"] = vectors
+            for side, factor in (("A", block.A), ("G", block.G)):
+                assert factor is not None
+                found = eigenbasis(factor)
+                block.basis[f"lam_{side}"] = found.values
+                block.fallback = "; ".join(filter(None, (block.fallback, found.fallback)))
+                if found.vectors is not None:
+                    block.basis[f"U_{side}"] = found.vectors
+        told = group.gather([block.fallback for block in known])
+        for number, block in enumerate(known):
+            owner = number % group.size
+            block.fallback = told[owner][number]
+            for side in "AG":
+                total = block.sums[side]
+                if group.rank != owner:
+                    block.basis[f"lam_{side}"] = total.new_empty(total.shape[:2])
+                    if total.dim() == 3:
+                        block.basis[f"U_{side}"] = torch.empty_like(total)
+                for key in (f"lam_{side}", f"U_{side}"):
+                    if key in block.basis:
+                        block.basis[key] = block.basis[key].contiguous()
+                        group.share(block.basis[key], owner)
             # what was measured in another basis
             block.sums.pop("S", None)
             block.counts.pop("S_examples", None)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from kfe_fx import taps
 from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rules)
     contraction,
     convolution,
@@ -84,30 +85,49 @@ def analyze(program: Program, *, heads: str = "auto") -> Analysis:
     classes = UnionFind()
     parameters: dict[str, Dims] = {}
     sizes = analysis_sizes(program)
-    fakes = propagate_all(program, sorted(program.graphs), sizes)
+    bare = _without_taps(program)  # patterns of users are looked at, and a tap is a user
+    graphs, graph = bare.graphs, bare.graphs["eval"]
+    fakes = propagate_all(bare, sorted(graphs), sizes)
     trackers = {
-        mode: track(Tracker(program, classes, parameters, heads=heads), program.graphs[mode], fakes[mode], sizes)
-        for mode in sorted(program.graphs)
+        mode: track(Tracker(program, classes, parameters, heads=heads), graphs[mode], fakes[mode], sizes)
+        for mode in sorted(graphs)
     }
     evaluation = trackers["eval"]
     examples = follow_examples(program, BATCH)
-    track(examples, program.graphs["eval"], fakes["eval"], sizes)
-    freeze_irregular(evaluation, examples, program.graphs["eval"], BATCH)
-    mints = mint_sites(evaluation, program.graphs["eval"])
+    track(examples, graph, fakes["eval"], sizes)
+    freeze_irregular(evaluation, examples, graph, BATCH)
+    mints = mint_sites(evaluation, graph)
     table = build_units(program, trackers, parameters, mints)
     sites = [site for mint in mints if (site := table.site(mint)) is not None]
+    for mode, tracker in trackers.items():
+        _label_taps(tracker, program.graphs[mode])
     return Analysis(
         program,
         table.units,
         table.groups(sites),
         table.floors,
         sites,
-        gate_sites(program.graphs["eval"], examples, sites),
-        statistics_changed(evaluation, program.graphs["eval"], table),
+        gate_sites(graph, examples, sites),
+        statistics_changed(evaluation, graph, table),
         {name: table.layout(dims) for name, dims in parameters.items()},
         trackers,
         table,
     )
+
+
+def _without_taps(program: Program) -> Program:
+    if not any(taps.tapped(graph) for graph in program.graphs.values()):
+        return program
+    twin = program.sharing()
+    for graph in twin.graphs.values():
+        taps.strip(graph)
+    return twin
+
+
+def _label_taps(tracker: Tracker, graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=taps.TAP):
+        source = node.args[0]
+        tracker.fakes[node], tracker.values[node] = tracker.fakes[source], tracker.values[source]
 
 
 def analysis_sizes(program: Program) -> dict[str, int]:
@@ -146,21 +166,13 @@ def _apply(tracker: Tracker, node: fx.Node) -> None:
     if not isinstance(fake, torch.Tensor | list | tuple):
         return  # a size or other number
     rule = RULES.get(node.target) or (pointwise.pointwise if pointwise.is_pointwise(node.target) else None)
-    value = rule(tracker, node) if rule is not None else None
-    if value is None:
-        tracker.freeze_all(node, f"goes into {_name(node)}, which has no rule", tensors)
-        value = _unlabelled(fake)
-    tracker.values[node] = value
+    value = tracker.apply(rule, node) if rule is not None else None
+    tracker.values[node] = tracker.unknown(node, tensors) if value is None else value
+    tracker.done(node)
 
 
 def _is_data(tracker: Tracker, arg: fx.Node) -> bool:
     return isinstance(tracker.fakes.get(arg), torch.Tensor | list | tuple)
-
-
-def _unlabelled(fake: Any) -> Any:
-    if isinstance(fake, torch.Tensor):
-        return tuple(() for _ in fake.shape)
-    return [_unlabelled(part) for part in fake]
 
 
 def _name(node: fx.Node) -> str:

@@ -95,29 +95,29 @@ def addmm(tracker: Tracker, node: fx.Node) -> Dims:
 @rule(aten.einsum.default)
 def einsum(tracker: Tracker, node: fx.Node) -> Dims | None:
     """Trace an einsum; repeated letters inside one operand are not known."""
-    equation, operands = node.args[:2]
-    inputs, arrow, out = str(equation).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow:
-        counts = "".join(terms)
-        out = "".join(sorted(letter for letter in set(counts) if counts.count(letter) == 1))
-    if any(len(set(term)) != len(term) for term in terms):
+    operands = list(node.args[1])  # type: ignore[arg-type]
+    spelled = einsum_terms(str(node.args[0]), [len(tracker.shape(operand)) for operand in operands])
+    if spelled is None:
         return None
-    terms, out = _without_ellipsis(tracker, terms, out, list(operands))  # type: ignore[arg-type]
-    return contract(tracker, node, list(zip(operands, terms, strict=True)), out)  # type: ignore[arg-type]
+    terms, out = spelled
+    return contract(tracker, node, list(zip(operands, terms, strict=True)), out)
 
 
-def _without_ellipsis(tracker: Tracker, terms: list[str], out: str, operands: list[Any]) -> tuple[list[str], str]:
-    if not any("..." in term for term in terms):
-        return terms, out
-    ranks = [
-        len(tracker.shape(operand)) - len(term.replace("...", ""))
-        for operand, term in zip(operands, terms, strict=True)
-    ]
-    most = max(rank for rank, term in zip(ranks, terms, strict=True) if "..." in term)
-    extra = "".join(chr(0x3B1 + index) for index in range(most))  # Greek: never a letter of the user's
-    spelled = [term.replace("...", extra[most - rank :]) for term, rank in zip(terms, ranks, strict=True)]
-    return spelled, out.replace("...", extra)
+def einsum_terms(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
+    """Spell an einsum's operands and output with one letter a dim; None where an operand repeats a letter."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    letters = [term.replace("...", "") for term in terms]
+    if any(len(set(term)) != len(term) for term in letters):
+        return None
+    if not arrow:
+        counts = "".join(letters)
+        out = "..." * ("..." in inputs) + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
+    extra = [rank - len(term) for rank, term in zip(ranks, letters, strict=True)]
+    most = max((count for count, term in zip(extra, terms, strict=True) if "..." in term), default=0)
+    dots = "".join(chr(0x3B1 + index) for index in range(most))  # Greek: never a letter of the user's
+    spelled = [term.replace("...", dots[most - count :]) for term, count in zip(terms, extra, strict=True)]
+    return spelled, out.replace("...", dots)
 
 
 @rule(aten.bilinear.default)

@@ -15,16 +15,16 @@ aten = torch.ops.aten
 
 
 class ExampleTracker(Tracker):
-    """Labels of examples: inputs carry one per example along their first dim, parameters none, outputs freeze none."""
+    """Labels of examples: inputs carry one per example along their batch dim, parameters none, outputs freeze none."""
 
     relocates = False
     examples: np.ndarray
 
     def input(self, node: fx.Node) -> Dims:
-        """Label the first dim of an input that has one entry per example."""
-        shape = getattr(self.fakes[node], "shape", ())
-        batched = 0 in self.program.axes.get(str(node.target), {}) and len(shape) > 0
-        return tuple((self.examples,) if batched and dim == 0 else () for dim in range(len(shape)))
+        """Label the dim of an input that has one entry per example."""
+        counting = self.program.example_dims().get(str(node.target))
+        rank = len(getattr(self.fakes[node], "shape", ()))
+        return tuple((self.examples,) if dim == counting else () for dim in range(rank))
 
     def output(self, node: fx.Node) -> None:
         """Leave the examples at the output alone."""

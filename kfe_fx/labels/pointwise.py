@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from kfe_fx import taps
 from kfe_fx.labels.registry import overloads, rule
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
 
@@ -95,9 +96,9 @@ def prelu(tracker: Tracker, node: fx.Node) -> Dims:
     return tuple(dims)
 
 
-@rule(*overloads(aten, "type_as.default"))
+@rule(taps.TAP, *overloads(aten, "type_as.default"))
 def first_only(tracker: Tracker, node: fx.Node) -> Dims:
-    """Trace an operation whose other operand gives only a type."""
+    """Trace an operation whose other operand gives only a type; a tap is the identity."""
     return tracker.dims(node.args[0])
 
 

@@ -181,7 +181,7 @@ def _combine(tracker: Tracker, node: Any, origin: Origin, axis: int, layers: lis
             merged = np.where(merged < 0, labels, merged)
         labelled = np.stack([labels >= 0 for labels in parts.values()])
         foreign = np.zeros_like(merged, dtype=bool)
-        for number in np.unique(origin.owner[origin.owner >= 0]):
+        for number in range(origin.owner.max(initial=-1) + 1):
             present = (origin.owner == number).any(axis=others)
             covered = labelled[list(parts).index(number)] if number in parts else np.zeros_like(present)
             foreign |= present & ~covered

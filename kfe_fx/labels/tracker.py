@@ -7,6 +7,7 @@ dims gives two. A dim without labels is the empty tuple.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,18 @@ class Tracker:
         """Mint labels for a dim along which all indices are alike, so that it takes any width."""
         return (self.classes.fresh(size, free=True),) if size > 1 else ()
 
+    def apply(self, rule: Callable[[Any, fx.Node], Any], node: fx.Node) -> Any:
+        """Return the labels that a rule finds for a node."""
+        return rule(self, node)
+
+    def unknown(self, node: fx.Node, tensors: list[fx.Node]) -> Any:
+        """Return the labels of what an operation without a rule makes: none, and its inputs are frozen."""
+        self.freeze_all(node, f"goes into {str(node.target).removesuffix('.default')}, which has no rule", tensors)
+        return unlabelled(self.fakes[node])
+
+    def done(self, node: fx.Node) -> None:
+        """Be told that a node has its labels."""
+
     def input(self, node: fx.Node) -> Dims:
         """Return the labels of an input of the network: none, an input keeps its shape."""
         return tuple(() for _ in getattr(self.fakes[node], "shape", ()))
@@ -158,3 +171,10 @@ class Tracker:
                 (self.classes.fresh(size),) if floating and size > 1 else () for size in tensor.shape
             )
         return self.parameters[name]
+
+
+def unlabelled(fake: Any) -> Any:
+    """Return the labels of a value that has none: () per dim, a list of such for several outputs."""
+    if isinstance(fake, torch.Tensor):
+        return tuple(() for _ in fake.shape)
+    return [unlabelled(part) for part in fake]

@@ -62,7 +62,7 @@ class EKFAC(Preconditioned):
         lr: float = 0.2,
         momentum: float = 0.5,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
+        damping: float = 5e-4,
         refresh: int = 10,
         factor_every: int | None = None,
         rank: int | None = None,
@@ -72,6 +72,7 @@ class EKFAC(Preconditioned):
         source: str = EMPIRICAL,
         reduction: str = MEAN,
         accumulation: int = 1,
+        loss_scale: float = 1.0,
         fallback_lr: float = 1e-3,
         seed: int = 0,
     ) -> None:
@@ -94,6 +95,8 @@ class EKFAC(Preconditioned):
                 the forward pass and ``loss.backward()``).
             reduction: "mean" or "sum", what the loss is over the examples of a batch.
             accumulation: number of backward passes per step whose losses are each divided by it.
+            loss_scale: what the loss times makes a negative log-likelihood, 1 for cross-entropy, half the number of
+                outputs for their mean square error: lr and kl_clip are measured in that.
             fallback_lr: of the AdamW steps for parameters that no block captures.
             seed: of the labels that are drawn.
 
@@ -121,6 +124,7 @@ class EKFAC(Preconditioned):
             source=source,
             reduction=reduction,
             accumulation=accumulation,
+            loss_scale=loss_scale,
             fallback_lr=fallback_lr,
             seed=seed,
         )

@@ -55,6 +55,7 @@ class Preconditioned(torch.optim.Optimizer):
         source: str = EMPIRICAL,
         reduction: str = MEAN,
         accumulation: int = 1,
+        loss_scale: float = 1.0,
         fallback_lr: float = 1e-3,
         seed: int = 0,
     ) -> None:
@@ -70,6 +71,8 @@ class Preconditioned(torch.optim.Optimizer):
         for name, value, least in (("refresh", refresh, 1), ("accumulation", accumulation, 1), ("lr", lr, 0.0)):
             if value < least:
                 raise UsageError(f"{name} is {value}; give at least {least}")
+        if loss_scale <= 0:
+            raise UsageError(f"loss_scale is {loss_scale}; give a number above 0")
         if damping <= 0 or not 0 <= decay < 1 or not 0 <= momentum < 1:
             raise UsageError("damping is above 0, decay and momentum are at least 0 and below 1")
         self.program = program
@@ -90,6 +93,7 @@ class Preconditioned(torch.optim.Optimizer):
             "kl_clip": kl_clip,
             "clip_norm": clip_norm,
             "fallback_lr": fallback_lr,
+            "loss_scale": loss_scale,
             "steps": 0,
         }
         super().__init__(given, defaults)
@@ -225,7 +229,9 @@ class Preconditioned(torch.optim.Optimizer):
                 continue
             update, product = self._precondition(block, block.matrix({n: p.grad for n, p in tensors.items()}))  # type: ignore[misc]
             made = {name: updates.setdefault(id(p), torch.zeros_like(p)) for name, p in tensors.items()}
-            block.put(update, made)
+            # c times a loss has c times the gradient and c² times the curvature: its update is shorter by c, and the
+            # product is the same
+            block.put(update / self.param_groups[0]["loss_scale"], made)
             inner.append(product)
         self._finish(self.steps)
         total = float(torch.stack([one.double().cpu() for one in inner]).sum()) if inner else 0.0

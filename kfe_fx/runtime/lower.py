@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from kfe_fx import taps
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend.source import of_error
 from kfe_fx.program import Program, copy_graph
@@ -30,14 +31,15 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
 
     Inputs are the tensors named by ``program.signature.input_names``, in that order; outputs are the leaves of the
     output structure that are no constants, as a tuple. Every axis of ``program.axes`` stays dynamic. Parameters keep
-    their names and are shared, not copied; neither the Program nor its training flag is touched. Writes to buffers
-    are left out.
+    their names and are shared, not copied; neither the Program nor its training flag is touched. Taps and writes to
+    buffers are left out.
 
     Raises:
-        UnsupportedModel: taps or gates are still in the graph, an axis cannot stay dynamic, or an operation cannot
-            be traced again.
+        UnsupportedModel: gates are still in the graph, an axis cannot stay dynamic, or an operation cannot be traced
+            again.
     """
     graph = copy_graph(program.graphs["eval"])
+    taps.strip(graph)
     refuse_instruments(graph)
     drop_buffer_writes(graph)
     _own_outputs(graph)
@@ -59,7 +61,7 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
 
 
 def refuse_instruments(graph: fx.Graph) -> None:
-    """Refuse a graph that still holds taps or gates.
+    """Refuse a graph that still holds gates or another operation of ours.
 
     Raises:
         UnsupportedModel: a node of namespace ``kfe_fx`` is present; the text names it.
@@ -67,9 +69,7 @@ def refuse_instruments(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", None) == "kfe_fx":
             where = node.meta.get("source") or node.name
-            raise UnsupportedModel(
-                f"{where}: {node.target} is still in the graph; strip gates and taps before lowering"
-            )
+            raise UnsupportedModel(f"{where}: {node.target} is still in the graph; strip the gates before lowering")
 
 
 def drop_buffer_writes(graph: fx.Graph) -> list[str]:

@@ -20,27 +20,34 @@ from kfe_fx.structure import pack
 
 @dataclass(frozen=True)
 class Batch:
-    """A few examples: ``inputs`` flat in the order of the graph, ``targets`` [N, ...] or None, ``count`` N."""
+    """A few examples: ``inputs`` flat in the order of the graph, ``targets`` [N, ...] or None, ``count`` N.
+
+    ``dims`` says per input which dim counts the examples, None where none does.
+    """
 
     inputs: list[Any]
     targets: Tensor | None
     count: int
+    dims: tuple[int | None, ...] = ()
 
     def rows(self, start: int, stop: int) -> Batch:
         """Take some of the examples; what does not count examples stays whole."""
         stop = min(stop, self.count)
 
-        def cut(value: Any) -> Any:
-            counts = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.count
-            return value[start:stop] if counts else value
+        def cut(value: Any, dim: int | None) -> Any:
+            counts = isinstance(value, Tensor) and dim is not None and value.dim() > dim
+            return value.narrow(dim, start, stop - start) if counts and value.shape[dim] == self.count else value
 
-        return Batch([cut(value) for value in self.inputs], cut(self.targets), stop - start)
+        dims = self.dims or (0,) * len(self.inputs)
+        inputs = [cut(value, dim) for value, dim in zip(self.inputs, dims, strict=True)]
+        return Batch(inputs, cut(self.targets, 0), stop - start, self.dims)
 
 
 class Batches:
     """Iterate over the batches of any data, again and again.
 
-    Floating-point inputs take the type of the Program's example inputs.
+    Floating-point inputs take the type of the Program's example inputs. Batches and whole arrays are as the network takes
+    them, also where another dim than the first counts the examples; an ArrayData or Dataset has the examples first.
     """
 
     def __init__(self, program: Program, data: Any, batch_size: int = 64) -> None:
@@ -52,12 +59,14 @@ class Batches:
         self.program = program
         self.batch_size = pinned_batch(program) or batch_size
         self._types = [value.dtype if isinstance(value, Tensor) else None for value in program.flat_examples()]
+        dims = program.example_dims() or dict.fromkeys(program.signature.input_names, 0)
+        self._dims = tuple(dims.get(name) for name in program.signature.input_names)
         if isinstance(data, Batches):
             data = data.data
         if isinstance(data, ArrayData | Dataset | DataLoader):
             self.data: Any = data
         elif isinstance(data, Mapping) or _is_whole(data):
-            self.data = _whole(data)
+            self.data = self._whole(data)
         elif isinstance(data, Iterator):
             self.data = list(data)
         elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
@@ -121,12 +130,28 @@ class Batches:
         inputs, targets = split_batch(item)
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         flat = self.program.signature.flatten(args, kwargs)
+        if isinstance(self.data, ArrayData | Dataset):  # examples first
+            flat = [value.movedim(0, dim) if dim else value for value, dim in zip(flat, self._dims, strict=True)]
         cast = [
             value.to(wanted) if wanted is not None and wanted.is_floating_point and value.is_floating_point() else value
             for value, wanted in zip(flat, self._types, strict=True)
         ]
-        count = next((len(value) for value in cast if isinstance(value, Tensor) and value.dim()), 1)
-        return Batch(cast, targets, count)
+        counts = (
+            value.shape[dim]
+            for value, dim in zip(cast, self._dims, strict=True)
+            if isinstance(value, Tensor) and dim is not None and value.dim() > dim
+        )
+        return Batch(cast, targets, next(counts, 1), self._dims)
+
+    def _whole(self, data: Any) -> ArrayData:
+        inputs, targets = split_batch(data)
+        if any(self._dims):
+            dims = dict(zip(self.program.signature.input_names, self._dims, strict=True))
+            if isinstance(inputs, dict):
+                inputs = {name: value.movedim(dims.get(name) or 0, 0) for name, value in inputs.items()}
+            else:
+                inputs = tuple(value.movedim(dim or 0, 0) for value, dim in zip(inputs, self._dims, strict=True))
+        return ArrayData(inputs, targets)
 
     def targets(self) -> Tensor | None:
         """Return the targets of the first batch, or None where the data has none.
@@ -176,10 +201,9 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 def pinned_batch(program: Program) -> int | None:
     """Return the batch size that the network pins, or None where it is dynamic."""
-    for name, value in zip(program.signature.input_names, program.flat_examples(), strict=True):
-        if isinstance(value, Tensor) and value.dim():
-            return None if 0 in program.axes.get(name, {}) else len(value)
-    return None
+    if program.batch_axes():
+        return None
+    return next((len(value) for value in program.flat_examples() if isinstance(value, Tensor) and value.dim()), None)
 
 
 def split_batch(item: Any) -> tuple[tuple[Any, ...] | dict[str, Any], Tensor | None]:
@@ -214,8 +238,3 @@ def _is_whole(data: Any) -> bool:
     if isinstance(data, Tensor | np.ndarray):
         return True
     return isinstance(data, tuple) and len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor | np.ndarray))
-
-
-def _whole(data: Any) -> ArrayData:
-    inputs, targets = split_batch(data)
-    return ArrayData(inputs, targets)

@@ -44,7 +44,10 @@ class Likelihood:
             return 0.5 * ((values - (values.detach() + noise / scale)) ** 2).sum() * scale**2
         scores = self._scores(values, batch)
         logs = _log_probabilities(scores)
-        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=self.generator)[:, 0].to(logs.device)
+        chances = logs.detach().exp().cpu()
+        # scores that are not finite give a loss that is not, whatever label is drawn: whoever measures leaves it out
+        chances = chances.where(chances.isfinite().all(1, keepdim=True), 1.0)
+        drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0].to(logs.device)
         return F.nll_loss(logs, drawn, reduction="sum") * batch.count / len(logs)
 
     def columns(self, outputs: object, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:

@@ -180,31 +180,40 @@ def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
     with torch.no_grad():
         whole = loss.total(outputs, targets, count)
         parts = [
-            loss.total(_cut(outputs, count, start, stop), _cut(targets, count, start, stop), stop - start)
+            loss.total(cut(outputs, count, start, stop), cut(targets, count, start, stop), stop - start)
             for start, stop in ((0, half), (half, count))
         ]
-    if not torch.allclose(parts[0] + parts[1], whole, rtol=1e-3, atol=1e-12):
+    if bool(torch.isfinite(whole)) and not torch.allclose(parts[0] + parts[1], whole, rtol=1e-3, atol=1e-12):
         raise UsageError(
             f"the loss {loss.name!r} mixes the examples of a batch, so no gradient belongs to one alone; return a vector "
             "[N], or a mean or sum of such"
         )
 
 
-def _cut(value: Any, count: int, start: int, stop: int) -> Any:
+def cut(value: Any, count: int, start: int, stop: int) -> Any:
+    """Take the examples from ``start`` to ``stop`` of nested outputs of ``count``."""
     if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and len(value) == count else value
+        dim = _example_dim(value, count)
+        return value if dim is None else value.narrow(dim, start, stop - start)
     if isinstance(value, dict):
-        return {key: _cut(part, count, start, stop) for key, part in value.items()}
+        return {key: cut(part, count, start, stop) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_cut(part, count, start, stop) for part in value)
+        return type(value)(cut(part, count, start, stop) for part in value)
     return value
 
 
 def _twice(value: Any, count: int) -> Any:
     if isinstance(value, Tensor):
-        return torch.cat([value, value]) if value.dim() and len(value) == count else value
+        dim = _example_dim(value, count)
+        return value if dim is None else torch.cat([value, value], dim)
     if isinstance(value, dict):
         return {key: _twice(part, count) for key, part in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_twice(part, count) for part in value)
     return value
+
+
+def _example_dim(value: Tensor, count: int) -> int | None:
+    """Return the dim that counts the examples: the first, or, where that does not fit, the only one that does."""
+    fitting = [dim for dim, size in enumerate(value.shape) if size == count]
+    return fitting[0] if fitting and (fitting[0] == 0 or len(fitting) == 1) else None

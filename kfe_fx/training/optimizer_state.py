@@ -12,36 +12,58 @@ from kfe_fx.errors import UsageError
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 
-_DEFAULT_RATES = {"adamw": 1e-3, "sgd": 1e-2}
-WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4}
+OPTIMIZERS = ("adamw", "sgd", "ekfac", "kfac")
+CURVATURE = ("ekfac", "kfac")
+_DEFAULT_RATES = {"adamw": 1e-3, "sgd": 1e-2}  # those of the other two are their own
+WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4, "ekfac": 5e-4, "kfac": 5e-4}
 
 
-def make_optimizer(program: Program, name: str = "adamw", lr: float | None = None) -> torch.optim.Optimizer:
+def make_optimizer(
+    program: Program, name: str = "adamw", lr: float | None = None, **options: Any
+) -> torch.optim.Optimizer:
     """Make an optimiser of the Program's parameters.
 
-    Matrices and filters decay (AdamW 0.01, SGD 0.0005), vectors (biases, affine parameters) do not. SGD has the
-    Nesterov momentum 0.9.
+    Matrices and filters decay (AdamW 0.01, the others 0.0005), vectors (biases, affine parameters) do not. SGD has the
+    Nesterov momentum 0.9. EKFAC and KFAC watch the Program's live module until ``close_optimizer``.
 
     Args:
         program: the network; parameters that need no gradient are left out.
-        name: "adamw" or "sgd".
-        lr: learning rate; 0.001 for AdamW and 0.01 for SGD if not given.
+        name: "adamw", "sgd", "ekfac" or "kfac".
+        lr: learning rate; if not given 0.001 for AdamW, 0.01 for SGD, and what ``kfe_fx.optim`` says for the others.
+        options: more arguments of the optimiser; those that are None are left out.
 
     Raises:
-        UsageError: there is no such optimiser.
+        UsageError: there is no such optimiser, it does not take one of the options, or nothing is to be trained.
     """
-    if name not in _DEFAULT_RATES:
-        raise UsageError(f"there is no optimizer {name!r}; choose adamw or sgd, or give one of torch.optim")
+    if name not in OPTIMIZERS:
+        raise UsageError(f"there is no optimizer {name!r}; choose {', '.join(OPTIMIZERS)}, or give one of torch.optim")
+    given = {key: value for key, value in options.items() if value is not None}
+    if given and name not in CURVATURE:
+        raise UsageError(f"{name} takes no {next(iter(given))}; that is for {' and '.join(CURVATURE)}")
     trained = [parameter for parameter in program.module().parameters() if parameter.requires_grad]
+    if not trained:
+        raise UsageError("this network has no parameter to train: none asks for a gradient")
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY[name]},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    rate = _DEFAULT_RATES[name] if lr is None else lr
+    if lr is not None or name not in CURVATURE:
+        given["lr"] = _DEFAULT_RATES[name] if lr is None else lr
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=rate)
-    return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=given["lr"])
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=given["lr"], momentum=0.9, nesterov=True)
+    from kfe_fx import optim  # it is made of curvature, which reads data by way of this package
+
+    return (optim.EKFAC if name == "ekfac" else optim.KFAC)(program, groups, **given)
+
+
+def close_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser that watches its network go; others have nothing to close."""
+    close = getattr(optimizer, "close", None)
+    if close is not None:
+        close()
 
 
 def slice_optimizer(
@@ -63,10 +85,13 @@ def slice_optimizer(
 
     Raises:
         UsageError: the optimiser holds a parameter that is not the Program's, or is one that keeps its history as a
-            whole (LBFGS).
+            whole (LBFGS) or statistics of layers (EKFAC, KFAC).
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError("LBFGS keeps one history over all parameters, which cannot be sliced; make a new optimizer")
+    if hasattr(optimizer, "close"):
+        kind = type(optimizer).__name__
+        raise UsageError(f"{kind} keeps statistics of whole layers, which cannot be sliced; make a new optimizer")
     names: dict[int, str] = {}
     for name, parameter in before.module().named_parameters():  # tied parameters once, under their first name
         names[id(parameter)] = name

@@ -113,7 +113,54 @@ def test_missing_model(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "args", [("prune", "{}", "--budget", "0.5"), ("inspect", "{}"), ("export", "{}"), ("bench", "{}")]
+    "option",
+    [
+        ("--epochs", "0"),
+        ("--steps", "-1"),
+        ("--lr", "0"),
+        ("--batch-size", "0"),
+        ("--optimizer", "lion"),
+        ("--schedule", "linear"),
+        ("--damping", "nan"),
+        ("--refresh", "0"),
+        ("--rank", "0"),
+        ("--seed", "-1"),
+        ("--loss", "loss.py"),
+        ("--eval", ":metric"),
+    ],
+)
+def test_options_of_train_that_mean_nothing(option: tuple[str, str], model: Path, capsys: pytest.CaptureFixture[str]):
+    assert option[0] in fails(capsys, "train", model, "--data", "data.npz", *option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--source", "all"), ("--sharing", "both"), ("--statistics", "mean"), ("--samples", "0"), ("--seed", "x")],
+)
+def test_options_of_curvature_that_mean_nothing(
+    option: tuple[str, str], model: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert option[0] in fails(capsys, "curvature", model, *option)
+
+
+def test_curvature_without_data_writes_nothing(model: Path, capsys: pytest.CaptureFixture[str]):
+    assert "--data" in fails(capsys, "curvature", model, "-o", "statistics.safetensors")
+
+
+def test_data_is_required_to_train(model: Path, capsys: pytest.CaptureFixture[str]):
+    assert "--data" in fails(capsys, "train", model)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("prune", "{}", "--budget", "0.5"),
+        ("inspect", "{}"),
+        ("export", "{}"),
+        ("bench", "{}"),
+        ("train", "{}", "--data", "data.npz"),
+        ("curvature", "{}"),
+    ],
 )
 def test_folder_and_device_as_model(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     Path("folder").mkdir()

@@ -88,6 +88,12 @@ def test_public_names_are_not_modules():
         assert importlib.util.find_spec(f"kfe_fx.{name}") is None, name
 
 
+@pytest.mark.parametrize("name", ["curvature", "optim"])
+def test_public_packages_are_there_without_an_import_of_theirs(name: str):
+    code = f"import kfe_fx, sys; assert 'torch' not in sys.modules; assert {name!r} in dir(kfe_fx); kfe_fx.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="no attribute 'prnue'"):
         kfe_fx.prnue  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -317,3 +317,16 @@ def test_it_trains(tmp_path: Any) -> None:
     losses = [train_step(program, optimizer, data(program, 0)) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
     assert isinstance(program, Program)
+
+
+def test_a_loss_and_its_multiple_take_the_same_steps() -> None:
+    one, other = classifier(), classifier()
+    first, second = EKFAC(one), EKFAC(other, loss_scale=50.0)
+    for number in range(4):
+        train_step(one, first, data(one, number))
+        inputs, targets = data(other, number)
+        second.zero_grad()
+        (F.cross_entropy(other.module()(inputs), targets) / 50).backward()
+        second.step()
+    for p, q in zip(one.module().parameters(), other.module().parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)

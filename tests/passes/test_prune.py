@@ -233,6 +233,7 @@ def test_a_module_needs_example_inputs() -> None:
         *({"budget": budget} for budget in (0, 1.5, -1, math.nan, math.inf, True, "0.5", None)),
         {"budget": 0.5, "metric": "flops"},
         {"budget": 0.5, "heads": "all"},
+        {"budget": 0.5, "optimizer": "ekfac"},
         {"budget": 0.5, "threads": 0},
         {"budget": 0.5, "rounds": 0},
         {"budget": 0.5, "epochs": -1},
@@ -327,3 +328,13 @@ def test_pruning_twice_prunes_further(half: PruneResult) -> None:
     again = prune(half.program, budget=0.5, metric="widths", criterion="magnitude")
     assert len(analyze(again.program).units) < len(analyze(half.program).units)
     assert again.module().state_dict()["up.weight"].shape[0] == 2
+
+
+def test_a_parameter_that_nothing_reads():
+    class Spare(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.never_read = nn.Parameter(torch.ones(2))
+
+    result = prune(Spare(), X, budget=0.5, metric="widths", criterion="magnitude")
+    assert torch.equal(result.module().state_dict()["never_read"], torch.ones(2))

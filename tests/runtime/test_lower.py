@@ -52,19 +52,19 @@ def test_outputs_are_values_of_their_own():
     assert not set(outputs) & set(exported.graph_signature.user_inputs)
 
 
-def test_gates_and_taps_are_refused():
+def test_operations_of_ours_are_refused():
     program = capture(nn.Linear(3, 3).eval(), torch.randn(1, 3))
 
-    @torch.library.custom_op("kfe_fx::test_tap", mutates_args=())
-    def tap(x: torch.Tensor) -> torch.Tensor:
+    @torch.library.custom_op("kfe_fx::test_gate", mutates_args=())
+    def gate(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
     graph = program.graphs["eval"]
     output = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(output):
-        tapped = graph.call_function(torch.ops.kfe_fx.test_tap.default, (output.args[0][0],))
-    output.args = ((tapped,),)
-    with pytest.raises(UnsupportedModel, match="strip gates and taps"):
+        gated = graph.call_function(torch.ops.kfe_fx.test_gate.default, (output.args[0][0],))
+    output.args = ((gated,),)
+    with pytest.raises(UnsupportedModel, match="strip the gates"):
         to_exported_program(program)
 
 

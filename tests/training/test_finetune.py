@@ -13,7 +13,7 @@ from kfe_fx.data.dataset import ArrayData
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.program import Program
-from kfe_fx.training import default_epochs, finetune, make_optimizer
+from kfe_fx.training import close_optimizer, default_epochs, finetune, make_optimizer
 from kfe_fx.training.metrics import ACCURACY, evaluate
 
 
@@ -75,6 +75,30 @@ def test_accuracy_rises_and_the_program_is_left_in_evaluation_mode(program: Prog
     assert evaluate(program, held, ACCURACY) > max(before, 0.75)
     assert seen[-1] == 1.0
     assert seen == sorted(seen)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("optimizer", ["ekfac", "kfac"])
+def test_curvature_by_name_leaves_no_observer(program: Program, optimizer: str):
+    facts = finetune(program, examples(), epochs=3, optimizer=optimizer, threads=1)
+    assert facts["optimizer"] == optimizer.upper()
+    assert facts["last_loss"] < facts["first_loss"]
+    assert program.module()._observer is None
+
+
+def test_a_live_curvature_optimiser_stays_attached_and_sees_no_probe(program: Program):
+    optimizer = make_optimizer(program, "ekfac")
+    facts = finetune(program, examples(), steps=3, optimizer=optimizer)
+    again = finetune(program, examples(), steps=2, optimizer=optimizer)
+    assert (facts["steps"], again["steps"]) == (3, 2)
+    assert optimizer.param_groups[0]["steps"] == 5
+    assert program.module()._observer is not None
+    close_optimizer(optimizer)
+
+
+def test_a_metric_that_is_no_number_never_wins(program: Program):
+    calls = iter([float("nan"), 3.0, float("nan")])
+    facts = finetune(program, examples(), epochs=3, val=examples(100), metric=lambda m, loader: next(calls), threads=1)
+    assert facts["best_epoch"] == 2
 
 
 def test_it_is_plain_training_of_the_module():

@@ -15,7 +15,7 @@ from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
-from kfe_fx.training import make_optimizer, slice_optimizer
+from kfe_fx.training import close_optimizer, make_optimizer, slice_optimizer
 
 
 class Tied(nn.Module):
@@ -129,5 +129,19 @@ def test_what_cannot_be_sliced_is_refused():
     foreign = torch.optim.SGD(Tied().parameters(), lr=0.1)
     with pytest.raises(UsageError, match="not this Program's"):
         slice_optimizer(foreign, program, program, Plan())
-    with pytest.raises(UsageError, match="choose adamw or sgd"):
+    ekfac = make_optimizer(program, "ekfac")
+    with pytest.raises(UsageError, match="EKFAC keeps statistics of whole layers"):
+        slice_optimizer(ekfac, program, program, Plan())
+    close_optimizer(ekfac)
+
+
+def test_what_cannot_be_made_is_refused():
+    program = capture(Tied().double().eval(), torch.randn(2, 5).double())
+    with pytest.raises(UsageError, match="choose adamw, sgd, ekfac, kfac"):
         make_optimizer(program, "adam")
+    with pytest.raises(UsageError, match="adamw takes no damping; that is for ekfac and kfac"):
+        make_optimizer(program, "adamw", damping=0.1)
+    for parameter in program.module().parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UsageError, match="no parameter to train"):
+        make_optimizer(program, "sgd")

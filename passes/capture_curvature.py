@@ -1,0 +1,39 @@
+"""Pass ``capture-curvature``: a tap behind every operation with weights, for curvature statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kfe_fx import taps
+from kfe_fx.curvature.blocks import find_blocks
+from kfe_fx.curvature.coverage import cover
+from kfe_fx.passes.base import Pass, PassResult
+from kfe_fx.program import Program, graph_text
+
+
+@dataclass(frozen=True)
+class CaptureCurvature(Pass):
+    """Tap, in both graphs, the output of each operation that takes parameters.
+
+    A tap is the identity and costs nothing where nobody observes; it stays in the program file. Taps that are there
+    already are set anew, so that the pass can be run again after a change of the network.
+    """
+
+    name: ClassVar[str] = "capture-curvature"
+    keeps: ClassVar[str] = "observes"
+
+    def run(self, program: Program) -> PassResult:
+        """Return the tapped Program; the facts say for each parameter which statistics exist (``Coverage``)."""
+        blocks = find_blocks(program)
+        twin = program.copy()
+        count = 0
+        for mode, graph in twin.graphs.items():
+            taps.strip(graph)
+            count += taps.insert(graph, blocks.taps(mode))
+        facts = {"taps": count, **cover(program, blocks).to_json()}
+        if all(graph_text(graph) == graph_text(program.graphs[mode]) for mode, graph in twin.graphs.items()):
+            return PassResult(program, False, facts)
+        twin.module().recompile()
+        twin.lineage = (*program.lineage, self.name)
+        return PassResult(twin, True, facts)

@@ -1,0 +1,174 @@
+"""Training in two processes is training in one, to rounding: shares, averaged gradients, best state, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfe_fx
+from kfe_fx.curvature.distributed import Group
+from kfe_fx.errors import UsageError
+from kfe_fx.frontend.capture import capture
+from kfe_fx.program import Program
+from kfe_fx.training.batches import Batch, Batches
+from kfe_fx.training.parallel import average_gradients, check_shared, share_of
+from tests.processes import in_two_processes
+
+EXAMPLES = 75  # batches of 16 and, with what is held out, an odd last one
+
+
+class Net(nn.Module):
+    """Shared positions, an unused parameter, no batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3), nn.LayerNorm(4)
+        self.last = nn.Linear(4, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(torch.relu(self.conv(x)).mean(2)))
+
+
+class Normed(nn.Module):
+    """A batch norm and dropout: processes differ in what they see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(torch.relu(self.norm(self.first(x.flatten(1))))))
+
+
+def program(kind: type[nn.Module] = Net) -> Program:
+    torch.manual_seed(0)
+    return capture(kind().double(), torch.randn(2, 2, 5).double())
+
+
+def data() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(EXAMPLES, 2, 5, generator=g).double()
+    return x, (x[:, 0].sum(1) > 0).long() + (x[:, 1, 0] > 0).long()
+
+
+OPTIMIZERS = ("adamw", "sgd", "ekfac", "kfac")
+
+
+def trained(**options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    made = program(options.pop("kind", Net))
+    settings = {"epochs": 3, "batch_size": 17, "seed": 2, "threads": 1} | options
+    facts = kfe_fx.train(made, data(), **settings)
+    return facts, dict(made.state_dict())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(place: Path) -> None:
+    """Stop a run in its third epoch."""
+
+    def watch(stage: str, done: float | None) -> None:
+        if done is not None and done > 0.7:
+            raise Interrupted
+
+    try:
+        trained(kind=Normed, optimizer="sgd", checkpoint=place, progress=watch)
+    except Interrupted:
+        return
+    raise AssertionError("the run was not interrupted")
+
+
+def work(folder: Path) -> dict[str, Any]:
+    """What each of two processes does."""
+    found: dict[str, Any] = {name: trained(optimizer=name) for name in OPTIMIZERS}
+    for name in ("sgd", "ekfac"):  # rank 1 has nothing to do
+        found[f"{name} one by one"] = trained(optimizer=name, batch_size=1, epochs=1)
+    found["normed"] = trained(kind=Normed, optimizer="sgd")
+    place = folder / "run.checkpoint"
+    interrupted(place)
+    found["resumed"] = trained(kind=Normed, optimizer="sgd", checkpoint=place, resume=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two processes found."""
+    return in_two_processes(work, tmp_path_factory.mktemp("processes"))
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_processes_train_as_one(both: list[dict[str, Any]], name: str):
+    facts, state = trained(optimizer=name)
+    before = program().state_dict()
+    assert any(not torch.equal(value, state[key]) for key, value in before.items())
+    for shared_facts, shared in (found[name] for found in both):
+        close(shared, state, 1e-9)
+        assert shared_facts["epoch_losses"] == pytest.approx(facts["epoch_losses"], rel=1e-9)
+        assert shared_facts["judged"] == facts["judged"]
+        assert shared_facts["processes"] == 2
+        assert shared_facts["best_epoch"] == facts["best_epoch"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "ekfac"])
+def test_a_process_may_have_nothing_to_do(both: list[dict[str, Any]], name: str):
+    _, state = trained(optimizer=name, batch_size=1, epochs=1)
+    for found in both:
+        close(found[f"{name} one by one"][1], state, 1e-8)
+
+
+def test_norms_are_local_and_that_is_said(both: list[dict[str, Any]]):
+    facts, state = both[0]["normed"]
+    assert any("normalised its own share" in note for note in facts["notes"])
+    assert not any("normalised" in note for note in trained(kind=Normed, optimizer="sgd")[0]["notes"])
+    assert both[1]["normed"][0] == facts
+    for name, value in both[1]["normed"][1].items():  # every rank ends with rank 0's statistics
+        assert torch.equal(value, state[name]), name
+
+
+def test_resumed_in_two_processes_to_the_bit(both: list[dict[str, Any]]):
+    for found in both:
+        facts, state = found["resumed"]
+        assert facts["resumed"] == 2
+        for name, value in found["normed"][1].items():
+            assert torch.equal(value, state[name]), name
+
+
+def test_shares_are_a_partition():
+    for count in range(8):
+        x = torch.arange(count).float()
+        parts = [share_of(Batch([x], x, count), Group(rank, 3)) for rank in range(3)]
+        assert sum(part.count for part in parts) == count
+        assert torch.equal(torch.cat([part.inputs[0] for part in parts]), x)
+        assert parts[0].count == -(-count // 3)
+    batch = Batch([torch.ones(3)], None, 3)
+    assert share_of(batch, Group()) is batch
+
+
+def test_what_cannot_be_shared():
+    made = program()
+    check_shared(Batches(made, [data()], 4), Group())
+    with pytest.raises(UsageError, match="in one order"):
+        check_shared(Batches(made, [data()], 4), Group(0, 2))
+    check_shared(Batches(made, data(), 4), Group(0, 2))
+    pinned = capture(nn.Linear(3, 2), torch.randn(4, 3), {})
+    with pytest.raises(UsageError, match="pins its batch at 4"):
+        check_shared(Batches(pinned, (torch.randn(8, 3), torch.zeros(8).long())), Group(0, 2))
+
+
+def test_one_process_averages_nothing():
+    parameter = nn.Parameter(torch.ones(2))
+    average_gradients([parameter], 0.5, Group())
+    assert parameter.grad is None
