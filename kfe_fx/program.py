@@ -22,7 +22,6 @@ from kfe_fx import taps
 from kfe_fx.errors import UsageError
 from kfe_fx.structure import flatten_like, pack
 
-
 _BATCH_NAMES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (r"batch(_?size)?(_\d+)?", "b", "n"))
 
 
@@ -239,8 +238,8 @@ class Program:
     def batch_axes(self) -> set[str]:
         """Return the names of the dynamic axes that count examples.
 
-        Axes called "batch" ("batch_1", ...) do wherever they lie; else those called "b", else "n"; else those at dim 0 of
-        an input.
+        Axes called "batch" ("batch_1", ...) do wherever they lie; else those called "b", else "n"; else those at dim 0
+        of an input.
         """
         names = {axis for dims in self.axes.values() for axis in dims.values()}
         for called in _BATCH_NAMES:
@@ -251,7 +250,9 @@ class Program:
     def example_dims(self) -> dict[str, int]:
         """Return by name of an input the dim that counts its examples; inputs that hold none are left out."""
         counting = self.batch_axes()
-        dims = ((name, [dim for dim, axis in sorted(axes.items()) if axis in counting]) for name, axes in self.axes.items())
+        dims = (
+            (name, [dim for dim, axis in sorted(axes.items()) if axis in counting]) for name, axes in self.axes.items()
+        )
         return {name: found[0] for name, found in dims if found}
 
     def flat_examples(self) -> list[Any]:

@@ -17,8 +17,7 @@ from kfe_fx import taps
 from kfe_fx.curvature import find_blocks
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.program import Program, graph_text
-
-from .random_nets import Case, nets, sample_net
+from tests.random_nets import Case, nets, sample_net
 
 THOROUGH = os.environ.get("KFE_FX_THOROUGH", "") not in ("", "0")
 

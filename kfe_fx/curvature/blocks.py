@@ -22,7 +22,11 @@ __all__ = ["Block", "Blocks", "LeftOut", "Site", "Use", "find_blocks"]
 
 @dataclass(frozen=True)
 class Use:
-    """A block's part in one site. ``column``: see ``Pairing.pairs``; ``transposed``: the weight is used as its transpose."""
+    """A block's part in one site.
+
+    ``column``: this use has the bias that is the block's last column (True), or has none (False), or the block has no
+    such column (None). ``transposed``: the weight is used as its transpose.
+    """
 
     site: Site
     operand: Operand

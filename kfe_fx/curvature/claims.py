@@ -145,7 +145,7 @@ class Claims:
                     group.bias, group.bias_entries = name, index
 
     def _columns(self, group: _Group) -> dict[int, Operand]:
-        """Return the first bias that a use of a group has, by the places of the uses that have it; {} where none fits."""
+        """Return the first bias that a use of a group has, by the places of the uses that have it, or {}."""
         found = {place: bias for place, use in enumerate(group.members) if (bias := use.bias()) is not None}
         first = next(iter(found.values()), None)
         if first is None or any(use.turned and use.pairing.sparse for use in group.members):

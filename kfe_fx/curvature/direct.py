@@ -1,7 +1,7 @@
 """Gradients of each example by a value that all examples share: scales, biases, affine parameters, anything.
 
-A rule returns a *contribution* of the output's shape that, summed over the positions of each example, is the gradient by
-the operand; operations without a rule are differentiated one example at a time, exact and slow.
+A rule returns a *contribution* of the output's shape that, summed over the positions of each example, is the gradient
+by the operand; operations without a rule are differentiated one example at a time, exact and slow.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def addition(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | No
     first = moment.node.args[0] is operand
     alpha = moment.node.kwargs.get("alpha", 1)
     sign = {aten.add.Tensor: (1, alpha), aten.sub.Tensor: (1, -alpha), aten.rsub.Tensor: (-alpha, 1)}  # type: ignore[operator]
-    factor = sign[moment.node.target][0 if first else 1]
+    factor = sign[moment.node.target][0 if first else 1]  # type: ignore[index]
     return (moment.grad if factor == 1 else moment.grad * factor), None
 
 
@@ -90,7 +90,7 @@ def multiplication(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None
     if first is second:
         return None
     other = moment.values[second if first is operand else first]  # type: ignore[index]
-    return moment.grad * other, None
+    return moment.grad * other.conj(), None
 
 
 @contribution(aten.div.Tensor)
@@ -99,7 +99,8 @@ def division(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | No
     first, second = moment.node.args[:2]
     if first is not operand or second is operand:
         return None
-    return moment.grad / moment.arg(1), None
+    under = moment.arg(1)
+    return moment.grad / (under.conj() if isinstance(under, Tensor) else under), None
 
 
 @contribution(aten.expand.default)
@@ -196,6 +197,8 @@ def per_example(moment: Moment, operand: fx.Node, layout: Layout | None, example
     if found is None:
         return _one_by_one(moment, operand, layout, examples)
     made, dim = found
+    if made.is_complex() and not value.is_complex():
+        made = made.real
     shape = tuple(value.shape) if dim is None else tuple(-1 if place == dim else 1 for place in range(made.dim()))
     padded = (*(1,) * (made.dim() - len(shape)), *shape)
     if layout is not None and padded[layout.dim] != 1:

@@ -1,8 +1,8 @@
 """Where each tensor of a graph holds the examples of a batch, followed node by node.
 
-The rules are those of the labels, with examples for units. Here nothing is removed, so nothing spreads: an operation that
-mixes examples or hides them takes them out of its own output alone. Where the rules lose them, the operation itself is
-asked: one example of its inputs is changed, and what changes of its outputs belongs to that example.
+The rules are those of the labels, with examples for units. Here nothing is removed, so nothing spreads: an operation
+that mixes examples or hides them takes them out of its own output alone. Where the rules lose them, the operation is
+asked itself: one example of its inputs is changed, and what changes of its outputs belongs to that example.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Examples(ExampleTracker):
         return tuple((self.examples,) if dim == counting else () for dim in range(rank))
 
     def apply(self, rule: Callable[[Any, fx.Node], Any], node: fx.Node) -> Any:
-        """Return the labels that a rule finds; equal movements of equal labels, as layer repeats layer, are looked up."""
+        """Return the labels that a rule finds; equal movements of equal labels (layer repeats layer) are looked up."""
         self._move = self._spelled(node)
         return self._moves[self._move] if self._move in self._moves else rule(self, node)
 
@@ -121,7 +121,8 @@ class Examples(ExampleTracker):
             settled = [self._repeated(node, settled[0])]
         lost = not any(self._counted(dims) for dims in settled)
         if lost and any(self._counted(dims) for arg in node.all_input_nodes for dims in self._all(arg)):
-            settled = self._probed(node) or settled
+            found = self._probed(node)
+            settled = found if any(self._counted(dims) for dims in found) else settled
         self.values[node] = settled if several else settled[0]
         if self._move is not None:
             self._moves[self._move], self._move = self.values[node], None
@@ -152,26 +153,28 @@ class Examples(ExampleTracker):
 
     # asking an operation ----------------------------------------------------------------------------------------------
 
-    def _probed(self, node: fx.Node) -> list[Dims] | None:
+    def _probed(self, node: fx.Node) -> list[Dims]:
         """Change one example of the inputs at a time and see along which dim of the outputs the change stays apart."""
         if node.op != "call_function":
-            return None
+            return []
         inputs = [arg for arg in node.all_input_nodes if isinstance(self.fakes.get(arg), Tensor)]
         if sum(math.prod(self.shape(arg)) for arg in inputs) > PROBED:
-            return None
+            return []
         generator = torch.Generator().manual_seed(0)
         base: dict[fx.Node, Any] = {arg: self._stand_in(arg, generator) for arg in inputs}
         known = {arg: self.fakes[arg] for arg in node.all_input_nodes if arg not in base}
         if any(isinstance(value, list | tuple) for value in known.values()):
-            return None
+            return []
         try:
             outputs = _run(node, base | known)
             changed = []
             for example in self.examples:
                 given = {arg: self._changed(arg, base[arg], example, generator) for arg in inputs}
-                changed.append([_differs(one, two) for one, two in zip(_run(node, given | known), outputs, strict=True)])
+                changed.append(
+                    [_differs(one, two) for one, two in zip(_run(node, given | known), outputs, strict=True)]
+                )
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return None
+            return []
         return [self._partition([of[place] for of in changed]) for place in range(len(outputs))]
 
     def _stand_in(self, arg: fx.Node, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,8 @@ from kfe_fx.errors import BadData
 class Layout:
     """One dim that counts the N examples.
 
-    ``order`` is "plain" (one index each), "outer" (an example's indices lie together, N·k in all: windows, tokens folded
-    into the batch), or "inner" (the examples alternate, k·N: time folded before the batch).
+    ``order`` is "plain" (one index each), "outer" (an example's indices lie together, N·k in all: windows, tokens
+    folded into the batch), or "inner" (the examples alternate, k·N: time folded before the batch).
     """
 
     dim: int

@@ -164,7 +164,7 @@ class Observation:
 
     def _sized(self, seen: Seen) -> dict[fx.Node, Any]:
         """Return the tensors that sizes are taken from."""
-        known = dict(zip(seen.use.site.inputs, seen.inputs, strict=True))
+        known: dict[fx.Node, Any] = dict(zip(seen.use.site.inputs, seen.inputs, strict=True))
         for operand in seen.use.site.operands:
             for node in operand.sized:
                 known.setdefault(node, self.run.inputs.get(str(node.target)) if node.op == "placeholder" else None)

@@ -1,7 +1,7 @@
 """How each operation with a weight makes that weight's gradient out of pairs of rows; one rule an operation.
 
-A rule looks at a node and returns a ``Pairing``: which argument is the weight, which the data, how the weight reads as a
-matrix [K, o, i] (K groups), and what the rows are. An operation without a rule still has exact second moments, by
+A rule looks at a node and returns a ``Pairing``: which argument is the weight, which the data, how the weight reads as
+a matrix [K, o, i] (K groups), and what the rows are. An operation without a rule still has exact second moments, by
 ``kfe_fx.curvature.direct``.
 """
 
@@ -35,8 +35,8 @@ def transposed(reading: Reading) -> Reading:
 class Pairing(ABC):
     """One use of a weight. ``weight``, ``bias`` and ``data`` are nodes; ``bias`` may be None.
 
-    ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows, ``sparse`` whether the left rows
-    are one-hot. Unless said otherwise the weight reads as [K, o, i] in its own order, K and o along dim 0.
+    ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows, ``sparse`` whether the left
+    rows are one-hot. Unless said otherwise the weight reads as [K, o, i] in its own order, K and o along dim 0.
     """
 
     weight: fx.Node
@@ -60,9 +60,9 @@ class Pairing(ABC):
         return matrix.reshape(shape)
 
     def reading(self, shape: tuple[int, ...]) -> Reading:
-        """Return which dims of the weight count K (or into how many groups dim 0 falls), o and i, without those of size one.
+        """Return which dims of the weight count K, o and i, and into how many groups dim 0 falls.
 
-        Equal readings give equal matrices.
+        Dims of size one are left out; equal readings give equal matrices.
         """
         rest = tuple(dim for dim in range(1, len(shape)) if shape[dim] > 1)
         return (), (0,) if shape[0] > 1 else (), rest, self.groups
@@ -91,7 +91,7 @@ class Linear(Pairing):
     """``y[..., o] = sum_i W[o, i] x[..., i] + b[o]``."""
 
     def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
-        """All dims between the example and the feature are positions."""
+        """Count all dims between the example and the feature as positions."""
         right, left = (side.reshape(1, len(side), -1, side.shape[-1]) for side in (data, grad))
         return _pairs(left, with_ones(right) if ones else right, "right")
 
@@ -107,7 +107,7 @@ class Embedding(Pairing):
 
     @property
     def has_column(self) -> bool:
-        """There is no bias."""
+        """Whether the bias is a coordinate: there is none."""
         return False
 
     def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:
@@ -115,7 +115,7 @@ class Embedding(Pairing):
         return data.numel()
 
     def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
-        """A padded position gives nothing."""
+        """Return one-hot rows and gradients; a padded position gives nothing."""
         n = len(data)
         index = data.reshape(n, -1).long()
         if self.padding >= 0:
@@ -166,7 +166,7 @@ class TransposedConvolution(Pairing):
 
     @property
     def has_column(self) -> bool:
-        """The bias belongs to the other side."""
+        """Whether the bias is a coordinate: it belongs to the other side."""
         return False
 
     def positions(self, data: Tensor, grad: Tensor, rows: int) -> int:

@@ -88,4 +88,3 @@ def joined(parts: list[Pairs]) -> Pairs:
 def with_ones(right: Tensor) -> Tensor:
     """Append the homogeneous coordinate: abar = [a; 1], [K, n, R, i + 1]."""
     return torch.cat([right, right.new_ones(1).expand(*right.shape[:-1], 1)], -1)
-

@@ -22,14 +22,17 @@ def patches(
 
     Args:
         value: [M, C, *S].
-        kernel, stride, dilation: one number per spatial dim.
+        kernel: its size per spatial dim.
+        stride: the same.
         padding: zeros before and after, per spatial dim.
+        dilation: per spatial dim.
         out: output positions per spatial dim.
         groups: K, of C / K channels each.
         ones: whether to append a row of ones, for the bias.
 
     Returns:
-        [K, i, M, R]: i counts (channel of the group, kernel position) as ``weight.view(o, -1)`` does, R output positions.
+        [K, i, M, R]: i counts (channel of the group, kernel position) as ``weight.view(o, -1)`` does, R output
+        positions.
     """
     if any(before or after for before, after in padding):
         value = F.pad(value, [amount for pair in reversed(padding) for amount in pair])

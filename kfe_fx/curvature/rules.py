@@ -113,7 +113,7 @@ _TRANSPOSED = {
 @pairing(*_TRANSPOSED)
 def transposed_convolution(look: Look, node: fx.Node) -> Pairing | None:
     """See ``TransposedConvolution``: what the input positions meet are patches of the padded gradient."""
-    rank = _TRANSPOSED[node.target]
+    rank = _TRANSPOSED[node.target]  # type: ignore[index]
     data, weight = node.args[:2]
     if not _batched(look, node, data, weight, rank):
         return None

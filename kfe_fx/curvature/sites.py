@@ -22,7 +22,7 @@ from kfe_fx.shapes import propagate_all
 
 assert _rules
 
-Missing = Callable[[str, str], None]
+Missing = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ class Look:
             tapped = self._tapped(node)
             made = [self._site(node, each, tuple(operands)) for each in tapped or ()]
             if not made and node.users:
-                self.idle |= {name: f"only {_goes(node)}, which has no gradient" for one in operands for name in one.names}
+                self.idle |= {
+                    name: f"only {_goes(node)}, which has no gradient" for one in operands for name in one.names
+                }
             if tapped is None or (self.evaluating and any(_drawn(site) for site in made)):
                 for name in (name for operand in operands for name in operand.names):
                     missing(name, _reason(node))
@@ -150,7 +152,8 @@ class Look:
         return [user for user in node.users if self.differentiable(user) and user.users]
 
     def _site(self, node: fx.Node, tapped: fx.Node, operands: tuple[Operand, ...]) -> Site:
-        rule = PAIRINGS.get(node.target) if tapped is node else None
+        plain = tapped is node and not self.examples.fakes[node].dtype.is_complex
+        rule = PAIRINGS.get(node.target) if plain else None
         pairing = rule(self, node) if rule is not None else None
         inputs = tuple(dict.fromkeys(self._behind(node)))
         layouts = {arg.name: self.layout(arg) for arg in (*inputs, tapped)}

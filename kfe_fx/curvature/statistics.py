@@ -143,7 +143,7 @@ def _add_side(total: Tensor, rows: Tensor | OneHot, over: str) -> None:
 
 
 def _squared_counts(rows: OneHot, over: str) -> Tensor:
-    """Return the diagonal of the Gram matrix of one-hot rows: how often each entry is hit, squared per example if summed."""
+    """Return the diagonal of the Gram matrix of one-hot rows: how often each entry is hit (squared where summed)."""
     valid = rows.index >= 0
     if not over:
         return torch.bincount(rows.index[valid], minlength=rows.size)
@@ -188,8 +188,8 @@ class MomentSums:
 class Moments(Statistic):
     """Second moments ``S*_jk = E_n[ (U_G^T dW_n U_A)_jk^2 ]`` (George et al. 2018, equation 7).
 
-    Without bases they are the diagonal of the gradient's second moment in the parameters themselves. ``means`` keeps the
-    sum of the rotated gradients too.
+    Without bases they are the diagonal of the gradient's second moment in the parameters themselves. ``means`` keeps
+    the sum of the rotated gradients too.
     """
 
     bases: dict[str, Basis] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from kfe_fx.curvature.observation import Observation
 from kfe_fx.curvature.pairs import OneHot, Pairs
 from kfe_fx.curvature.statistics import Basis, Moments, MomentSums
 from kfe_fx.optim import truncated
-from kfe_fx.optim.moving import Moving, decompose
+from kfe_fx.optim.moving import Moving, decompose, share
 from kfe_fx.optim.preconditioned import EMPIRICAL, MEAN, Preconditioned
 from kfe_fx.program import Program
 
@@ -28,12 +28,12 @@ class EKFAC(Preconditioned):
         update = U_G [ (U_G^T grad U_A) / (S* + eps) ] U_A^T
         S*     = moving average of E_n[ (U_G^T dW_n U_A)^2 ], every step; reset to lam_G lam_A^T with each new basis
 
-    Bases are the eigenvectors of moving averages of A and G, refreshed every ``refresh`` steps in float64. ``eps`` is one
-    number for all blocks, ``damping`` times the mean of their traces now or at the start, whichever is less: it follows
-    the scale of the loss, and does not grow with the curvature. Where no weights are shared the rotated gradient is
-    ``(g U_G)^T (a U_A)`` at once; a random probe per step tells whether ``p.grad`` is still that (it was not clipped,
-    nothing was added), else ``p.grad`` is rotated. Parameters without pairs of rows have the diagonal S* of their own
-    gradients.
+    Bases are the eigenvectors of moving averages of A and G, refreshed every ``refresh`` steps in float64. ``eps`` is
+    one number for all blocks, ``damping`` times the mean of their traces now or at the start, whichever is less: it
+    follows the scale of the loss, and does not grow with the curvature. Where no weights are shared the rotated
+    gradient is ``(g U_G)^T (a U_A)`` at once; a random probe per step tells whether ``p.grad`` is still that (it was
+    not clipped, nothing was added), else ``p.grad`` is rotated. Parameters without pairs of rows have the diagonal S*
+    of their own gradients.
 
     With ``rank`` the basis of each wide factor keeps its leading eigenvectors alone, by subspace iteration; what is
     orthogonal to them is taken as isotropic (see ``kfe_fx.optim.truncated``).
@@ -67,7 +67,7 @@ class EKFAC(Preconditioned):
         factor_every: int | None = None,
         rank: int | None = None,
         decay: float = 0.95,
-        kl_clip: float | None = 0.3,
+        kl_clip: float | None = 1e-3,
         clip_norm: float | None = None,
         source: str = EMPIRICAL,
         reduction: str = MEAN,
@@ -96,7 +96,7 @@ class EKFAC(Preconditioned):
             reduction: "mean" or "sum", what the loss is over the examples of a batch.
             accumulation: number of backward passes per step whose losses are each divided by it.
             loss_scale: what the loss times makes a negative log-likelihood, 1 for cross-entropy, half the number of
-                outputs for their mean square error: lr and kl_clip are measured in that.
+                outputs for their mean square error: lr is measured in that, and kl_clip is multiplied by it.
             fallback_lr: of the AdamW steps for parameters that no block captures.
             seed: of the labels that are drawn.
 
@@ -159,14 +159,16 @@ class EKFAC(Preconditioned):
     def _settle(self, step: int) -> None:
         group = Group.current()
         self._rotated.clear()
-        for number, block in enumerate(self.blocks):
+        new = []
+        for block in self.blocks:
             state = self.block_state(block)
             held = self._moments.pop(block.name, None)
             self._follow(block, state, None if held is None else held.sums.get(block.name), group)
             if block.kind == "kronecker":
                 self._moving.absorb(block, state, group, self.program.tensor(block.weight))
                 if "S" not in state and "A" in state:
-                    self._refresh(block, state, group, number % group.size)
+                    new.append(block)
+        self._refresh(new, group)
         self._eps = self._scale()
 
     def _scale(self) -> float:
@@ -214,26 +216,37 @@ class EKFAC(Preconditioned):
         return MomentSums(self.program.tensor(block.weight).new_zeros(shape))
 
     def _finish(self, step: int) -> None:
-        if (step + 1) % self.refresh:
-            return
-        group = Group.current()
-        for number, block in enumerate(self.blocks):
-            state = self.block_state(block)
-            if block.kind == "kronecker" and "A" in state:
-                self._refresh(block, state, group, number % group.size)
+        if (step + 1) % self.refresh == 0:
+            known = [block for block in self.blocks if block.kind == "kronecker" and "A" in self.block_state(block)]
+            self._refresh(known, Group.current())
 
-    def _refresh(self, block: Block, state: dict[str, Any], group: Group, owner: int) -> None:
-        """Take the eigenbases of the factors as they are now, and start S* from lam_G lam_A^T in them."""
-        rank = self.rank
+    def _refresh(self, blocks: list[Block], group: Group) -> None:
+        """Take the eigenbases of the factors as they are now, and start S* from lam_G lam_A^T in them.
+
+        Each rank decomposes the factors of some blocks; then all share.
+        """
+        whole = {block.name: self._lead(block) for block in blocks}
+        owners = {block.name: number % group.size for number, block in enumerate(blocks)}
+        for block in blocks:
+            if owners[block.name] == group.rank:
+                decompose(self.block_state(block), whole[block.name])
+        for block in blocks:
+            state = self.block_state(block)
+            if group.size > 1:
+                share(state, group, owners[block.name], whole[block.name])
+            state["S"] = state["lam_G"].unsqueeze(2) * state["lam_A"].unsqueeze(1)
+            self._probes.pop(block.name, None)
+
+    def _lead(self, block: Block) -> list[str]:
+        """Refresh the leading eigenvectors of wide factors, the same on every rank; return which factors are whole."""
+        state = self.block_state(block)
         whole = []
         for key, width in (("A", block.shape[2]), ("G", block.shape[1])):
-            if state[key].dim() == 3 and rank is not None and truncated.truncates(width, rank):
-                truncated.leading(state, key, rank)  # the same on every rank: the factors are
+            if state[key].dim() == 3 and self.rank is not None and truncated.truncates(width, self.rank):
+                truncated.leading(state, key, self.rank)
             else:
                 whole.append(key)
-        decompose(state, group, owner, whole)
-        state["S"] = state["lam_G"].unsqueeze(2) * state["lam_A"].unsqueeze(1)
-        self._probes.pop(block.name, None)
+        return whole
 
     def _precondition(self, block: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
         state = self.block_state(block)

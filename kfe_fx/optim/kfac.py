@@ -42,14 +42,15 @@ class KFAC(EKFAC):
         self._stale: set[str] = set()  # blocks whose inverses are of older factors
         super().__init__(program, params, **options)
 
-    def _refresh(self, block: Block, state: dict[str, Any], group: Group, owner: int) -> None:
+    def _refresh(self, blocks: list[Block], group: Group) -> None:
         if self.damping_kind == "exact":
-            super()._refresh(block, state, group, owner)
+            super()._refresh(blocks, group)
             return
-        A, G = factor(state, "A"), factor(state, "G")
-        state["traces"] = torch.stack([_trace(A), _trace(G)])  # [2, K]
-        state["S"] = (_trace(A) * _trace(G)).view(-1, 1, 1)  # what the damping is relative to
-        self._stale.add(block.name)
+        for block in blocks:
+            state = self.block_state(block)
+            state["traces"] = torch.stack([_trace(factor(state, "A")), _trace(factor(state, "G"))])  # [2, K]
+            state["S"] = (state["traces"][0] * state["traces"][1]).view(-1, 1, 1)  # what the damping is relative to
+            self._stale.add(block.name)
 
     def _precondition(self, block: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
         state = self.block_state(block)

@@ -51,18 +51,23 @@ def factor(state: dict[str, Any], key: str) -> Tensor:
     return (symmetric(total) if total.dim() == 3 else total) / state["weight"]
 
 
-def decompose(state: dict[str, Any], group: Group, owner: int, keys: Iterable[str] = ("A", "G")) -> None:
-    """Refresh a block's eigenbases on the rank that owns it, and share them."""
+def decompose(state: dict[str, Any], keys: Iterable[str] = ("A", "G")) -> None:
+    """Refresh a block's eigenbases: ``lam_<key>`` [K, d] and, but for a diagonal, ``U_<key>`` [K, d, d]."""
+    for key in keys:
+        found = eigenbasis(factor(state, key))
+        state[f"lam_{key}"] = found.values.contiguous()
+        if found.vectors is not None:
+            state[f"U_{key}"] = found.vectors.contiguous()
+
+
+def share(state: dict[str, Any], group: Group, owner: int, keys: Iterable[str] = ("A", "G")) -> None:
+    """Give every rank the eigenbases that the rank ``owner`` has computed."""
     for key in keys:
         total: Tensor = state[key]
-        if group.rank == owner:
-            found = eigenbasis(factor(state, key))
-            values, vectors = found.values.contiguous(), found.vectors
-        else:
-            values, vectors = total.new_empty(total.shape[:2]), torch.empty_like(total) if total.dim() == 3 else None
-        group.share(values, owner)
-        state[f"lam_{key}"] = values
-        if vectors is not None:
-            vectors = vectors.contiguous()
-            group.share(vectors, owner)
-            state[f"U_{key}"] = vectors
+        if group.rank != owner:
+            state[f"lam_{key}"] = total.new_empty(total.shape[:2])
+            if total.dim() == 3:
+                state[f"U_{key}"] = torch.empty_like(total)
+        group.share(state[f"lam_{key}"], owner)
+        if total.dim() == 3:
+            group.share(state[f"U_{key}"], owner)

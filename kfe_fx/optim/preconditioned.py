@@ -30,7 +30,7 @@ class Preconditioned(torch.optim.Optimizer):
     A step is ``p <- (1 - lr·weight_decay) p - lr·m`` with ``m <- momentum·m + nu·clip(update)``; momentum lives in
     parameter space, so that a new basis does not touch it. ``nu = min(1, sqrt(kl_clip / (lr0² sum <update, grad>)))``
     with the first learning rate lr0 bounds the step's length in the metric of F (Ba et al. 2017, section 5), and leaves
-    a schedule its say.
+    a schedule its say; ``loss_scale`` multiplies kl_clip, as many outputs may move further together.
 
     Parameters that no block captures take AdamW steps of ``fallback_lr`` (``left_out`` names them). A step with a
     gradient that is not finite is not taken, and counted in ``skipped``; statistics leave out batches with such
@@ -259,7 +259,7 @@ class Preconditioned(torch.optim.Optimizer):
             scale = 1.0
             length = group["base_lr"] ** 2 * total  # a schedule of lr shortens steps that are clipped, too
             if group["kl_clip"] is not None and length > 0:
-                scale = min(1.0, math.sqrt(group["kl_clip"] / length))
+                scale = min(1.0, math.sqrt(group["kl_clip"] * group["loss_scale"] / length))
             if group["clip_norm"] is not None and updates:
                 if norm is None:
                     norm = float(torch.stack([one.norm().double() for one in updates.values()]).norm())

@@ -1,7 +1,7 @@
 """A basis of leading eigenvectors alone, kept by subspace iteration; what is orthogonal to them is isotropic.
 
-With V_A [i, r], V_G [o, s] orthonormal, S [s, r] tracked between them, and the mean eigenvalues a, g of what is left of A
-and G, the curvature is S on top x top, lam_G a on top x rest, g lam_A on rest x top and g a on rest x rest. So top-r
+With V_A [i, r], V_G [o, s] orthonormal, S [s, r] tracked between them, and the mean eigenvalues a, g of what is left of
+A and G, the curvature is S on top x top, lam_G a on top x rest, g lam_A on rest x top and g a on rest x rest. So top-r
 directions are those of EKFAC and the rest those of K-FAC with an isotropic tail: spectra of factors decay fast.
 """
 
@@ -26,7 +26,7 @@ def leading(state: dict[str, Any], key: str, rank: int) -> None:
     """Refresh the leading eigenvectors of a factor: ``V <- orth(A V)``, rotated to its Ritz vectors.
 
     One product with the factor a refresh (Halko, Martinsson & Tropp 2011, section 4.4); the start is random, with two.
-    Sets ``U_<key>`` [K, d, rank], ``lam_<key>`` [K, rank] and ``rest_<key>`` [K], the mean eigenvalue of the complement.
+    Sets ``U_<key>`` [K, d, rank], ``lam_<key>`` [K, rank] and ``rest_<key>`` [K], the mean eigenvalue of the rest.
     """
     matrix = factor(state, key)  # [K, d, d]
     groups, width, _ = matrix.shape

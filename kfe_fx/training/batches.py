@@ -35,8 +35,9 @@ class Batch:
         stop = min(stop, self.count)
 
         def cut(value: Any, dim: int | None) -> Any:
-            counts = isinstance(value, Tensor) and dim is not None and value.dim() > dim
-            return value.narrow(dim, start, stop - start) if counts and value.shape[dim] == self.count else value
+            if not isinstance(value, Tensor) or dim is None or value.dim() <= dim or value.shape[dim] != self.count:
+                return value
+            return value.narrow(dim, start, stop - start)
 
         dims = self.dims or (0,) * len(self.inputs)
         inputs = [cut(value, dim) for value, dim in zip(self.inputs, dims, strict=True)]
@@ -46,8 +47,8 @@ class Batch:
 class Batches:
     """Iterate over the batches of any data, again and again.
 
-    Floating-point inputs take the type of the Program's example inputs. Batches and whole arrays are as the network takes
-    them, also where another dim than the first counts the examples; an ArrayData or Dataset has the examples first.
+    Floating-point inputs take the type of the Program's example inputs. Batches and whole arrays are as the network
+    takes them, also where another dim than the first counts the examples; an ArrayData or Dataset has examples first.
     """
 
     def __init__(self, program: Program, data: Any, batch_size: int = 64) -> None:

@@ -16,7 +16,7 @@ from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches
-from kfe_fx.training.losses import Loss, settle
+from kfe_fx.training.losses import Loss, main_output, settle
 from kfe_fx.training.metrics import Metric, evaluate
 from kfe_fx.training.parallel import average_gradients, share_of, share_tensors
 
@@ -157,6 +157,10 @@ class Trainer:
         mode = module.mode()
         outputs = pack(module.signature.outputs[mode], module.run_flat(batch.inputs, mode))
         self.loss = settle(self.loss, outputs, batch.targets, batch.count)
+        first = self.optimizer.param_groups[0]
+        if self.loss.name == "mse" and first.get("loss_scale") == 1.0:
+            # the mean square error of O outputs is 2/O times the negative log-likelihood that lr and kl_clip are for
+            first["loss_scale"] = max(1.0, main_output(outputs).numel() / batch.count / 2)
         return self.loss.mean(outputs, batch.targets, batch.count)
 
     def _refuse(self, number: float) -> None:

@@ -76,13 +76,17 @@ def built(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 simple("linear on vectors", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), randn(N, 4))
 simple("linear on sequences", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), randn(N, 6, 4))
-simple("linear without bias", lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 1)), randn(N, 4))
+simple(
+    "linear without bias", lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 1)), randn(N, 4)
+)
 simple("linear on a grid", lambda: nn.Linear(4, 5), randn(N, 2, 3, 4))
 
 
 @case("called twice", randn(N, 4))
 def called_twice() -> nn.Module:
-    return Net(lambda m, x: m.head(torch.tanh(m.layer(torch.tanh(m.layer(x))))), layer=nn.Linear(4, 4), head=nn.Linear(4, 2))
+    return Net(
+        lambda m, x: m.head(torch.tanh(m.layer(torch.tanh(m.layer(x))))), layer=nn.Linear(4, 4), head=nn.Linear(4, 2)
+    )
 
 
 @case("called on two shapes", randn(N, 4), randn(N, 5, 4, seed=1))
@@ -92,10 +96,12 @@ def called_on_two_shapes() -> nn.Module:
 
 @case("functional weight", randn(N, 4))
 def functional_weight() -> nn.Module:
-    return Net(lambda m, x: F.linear(torch.tanh(m.layer(x)), m.other.weight), layer=nn.Linear(4, 5), other=nn.Linear(5, 2))
+    return Net(
+        lambda m, x: F.linear(torch.tanh(m.layer(x)), m.other.weight), layer=nn.Linear(4, 5), other=nn.Linear(5, 2)
+    )
 
 
-@case("functional weight beside the module", randn(N, 4), **{"layer__bias": D})
+@case("functional weight beside the module", randn(N, 4), layer__bias=D)
 def functional_beside() -> nn.Module:
     return Net(lambda m, x: F.linear(m.layer(x), m.layer.weight) + m.layer.bias, layer=nn.Linear(4, 4))
 
@@ -105,11 +111,9 @@ def bias_in_one_use() -> nn.Module:
     return Net(lambda m, x: F.linear(torch.tanh(m.layer(x)), m.layer.weight), layer=nn.Linear(4, 4))
 
 
-@case("bias scaled in one use of two", randn(N, 4), **{"layer__bias": D})
+@case("bias scaled in one use of two", randn(N, 4), layer__bias=D)
 def bias_scaled() -> nn.Module:
-    return Net(
-        lambda m, x: F.linear(torch.tanh(m.layer(x)), m.layer.weight, 2 * m.layer.bias), layer=nn.Linear(4, 4)
-    )
+    return Net(lambda m, x: F.linear(torch.tanh(m.layer(x)), m.layer.weight, 2 * m.layer.bias), layer=nn.Linear(4, 4))
 
 
 @case("two biases for one weight", randn(N, 4), second=D)
@@ -121,11 +125,13 @@ def two_biases() -> nn.Module:
     )
 
 
-@case("one bias for two layers", randn(N, 4), **{"bias": D})
+@case("one bias for two layers", randn(N, 4), bias=D)
 def shared_bias() -> nn.Module:
     return Net(
         lambda m, x: F.linear(torch.tanh(F.linear(x, m.a, m.bias)), m.b, m.bias),
-        **{"a": torch.randn(4, 4), "b": torch.randn(4, 4), "bias": torch.randn(4)},
+        a=torch.randn(4, 4),
+        b=torch.randn(4, 4),
+        bias=torch.randn(4),
     )
 
 
@@ -189,7 +195,9 @@ simple("padded by reflection", lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mod
 simple("transposed conv1d", lambda: nn.ConvTranspose1d(2, 3, 3, stride=2), randn(N, 2, 5), bias=D)
 simple(
     "transposed conv2d",
-    lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 1), padding=1, output_padding=(1, 0), groups=2, dilation=(1, 2)),
+    lambda: nn.ConvTranspose2d(
+        4, 6, (3, 2), stride=(2, 1), padding=1, output_padding=(1, 0), groups=2, dilation=(1, 2)
+    ),
     randn(N, 4, 3, 4),
     bias=D,
 )
@@ -207,7 +215,7 @@ def conv_over_features() -> nn.Module:
     return Net(lambda m, x: m.conv(x.unsqueeze(1)), conv=nn.Conv1d(1, 1, 3))
 
 
-@case("tied conv and transposed conv", randn(N, 2, 6), **{"deep": D})
+@case("tied conv and transposed conv", randn(N, 2, 6), deep=D)
 def tied_convs() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         hidden = torch.tanh(F.conv1d(x, m.weight, m.shallow, stride=2))
@@ -219,7 +227,9 @@ def tied_convs() -> nn.Module:
 # embeddings ----------------------------------------------------------------------------------------------------------
 
 simple("embedding", lambda: nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 2)), tokens(N, 5))
-simple("embedding with padding", lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Tanh()), tokens(N, 6, seed=3))
+simple(
+    "embedding with padding", lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Tanh()), tokens(N, 6, seed=3)
+)
 simple("embedding of one token each", lambda: nn.Sequential(nn.Embedding(7, 4), nn.Tanh()), tokens(N))
 
 
@@ -245,7 +255,7 @@ def embedding_product() -> nn.Module:
     return Net(lambda m, x: torch.tanh(m.table(x)) @ m.table.weight.T, table=nn.Embedding(7, 4))
 
 
-@case("positions by arange", tokens(N, 5), **{"place__weight": D})
+@case("positions by arange", tokens(N, 5), place__weight=D)
 def positions() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return torch.tanh(m.token(x) + m.place(torch.arange(x.shape[1])))
@@ -253,7 +263,7 @@ def positions() -> nn.Module:
     return Net(forward, token=nn.Embedding(7, 4), place=nn.Embedding(9, 4))
 
 
-@case("positions by arange with a padding row", tokens(N, 5), **{"place__weight": D})
+@case("positions by arange with a padding row", tokens(N, 5), place__weight=D)
 def padded_positions() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return torch.tanh(m.token(x) + m.place(torch.arange(x.shape[1])))
@@ -261,12 +271,12 @@ def padded_positions() -> nn.Module:
     return Net(forward, token=nn.Embedding(7, 4), place=nn.Embedding(9, 4, padding_idx=1))
 
 
-@case("learned positions cut to length", randn(N, 5, 4), **{"place": D})
+@case("learned positions cut to length", randn(N, 5, 4), place=D)
 def cut_positions() -> nn.Module:
     return Net(lambda m, x: m.layer(x + m.place[:, : x.shape[1]]), place=torch.randn(1, 8, 4), layer=nn.Linear(4, 2))
 
 
-@case("class token", randn(N, 5, 4), **{"token": D})
+@case("class token", randn(N, 5, 4), token=D)
 def class_token() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1)
@@ -275,7 +285,7 @@ def class_token() -> nn.Module:
     return Net(forward, token=torch.randn(1, 1, 4), layer=nn.Linear(4, 3))
 
 
-@case("class token by repeat", randn(N, 5, 4), **{"token": D})
+@case("class token by repeat", randn(N, 5, 4), token=D)
 def repeated_token() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.layer(torch.cat([m.token.repeat(x.shape[0], 1, 1), x], 1))
@@ -310,7 +320,9 @@ def normed(norm: Callable[[], nn.Module], first: nn.Module) -> nn.Module:
 simple("batch norm", lambda: normed(lambda: nn.BatchNorm1d(5), nn.Linear(4, 5)), randn(N, 4), **AFFINE)
 simple("batch norm 2d", lambda: normed(lambda: nn.BatchNorm2d(3), nn.Conv2d(2, 3, 2)), randn(N, 2, 4, 3), **AFFINE)
 simple("layer norm", lambda: normed(lambda: nn.LayerNorm(5), nn.Linear(4, 5)), randn(N, 6, 4), **AFFINE)
-simple("layer norm over two dims", lambda: normed(lambda: nn.LayerNorm((6, 5)), nn.Linear(4, 5)), randn(N, 6, 4), **AFFINE)
+simple(
+    "layer norm over two dims", lambda: normed(lambda: nn.LayerNorm((6, 5)), nn.Linear(4, 5)), randn(N, 6, 4), **AFFINE
+)
 simple("group norm", lambda: normed(lambda: nn.GroupNorm(2, 6), nn.Conv2d(2, 6, 2)), randn(N, 2, 4, 3), **AFFINE)
 simple(
     "instance norm",
@@ -358,11 +370,13 @@ def denominator() -> nn.Module:
 @case("a temperature", randn(N, 4), temperature=D)
 def temperature() -> nn.Module:
     return Net(
-        lambda m, x: torch.softmax(m.layer(x) * m.temperature.exp(), -1), temperature=torch.randn(()), layer=nn.Linear(4, 3)
+        lambda m, x: torch.softmax(m.layer(x) * m.temperature.exp(), -1),
+        temperature=torch.randn(()),
+        layer=nn.Linear(4, 3),
     )
 
 
-@case("a parameter used in two ways", randn(N, 4), **{"weight": D})
+@case("a parameter used in two ways", randn(N, 4), weight=D)
 def two_ways() -> nn.Module:
     return Net(lambda m, x: F.linear(x, m.weight) * m.weight.sum(1), weight=torch.randn(5, 4))
 
@@ -399,7 +413,9 @@ def right_products() -> nn.Module:
 @case("parameter on the left", randn(N, 5, 4), vector=D)
 def left_products() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
-        return (m.mix @ torch.tanh(x)).sum(2) + torch.matmul(m.vector, x.transpose(1, 2)).unsqueeze(1).sum((1, 2))[:, None]
+        return (m.mix @ torch.tanh(x)).sum(2) + torch.matmul(m.vector, x.transpose(1, 2)).unsqueeze(1).sum((1, 2))[
+            :, None
+        ]
 
     return Net(forward, mix=torch.randn(3, 5), vector=torch.randn(4))
 
@@ -462,7 +478,7 @@ def three_operands() -> nn.Module:
     )
 
 
-@case("tied autoencoder", randn(N, 4), **{"down__bias": K, "up": D})
+@case("tied autoencoder", randn(N, 4), down__bias=K, up=D)
 def tied_autoencoder() -> nn.Module:
     return Net(
         lambda m, x: F.linear(torch.tanh(m.down(x)), m.down.weight.t(), m.up), down=nn.Linear(4, 3), up=torch.randn(4)
@@ -550,7 +566,7 @@ def relative_positions() -> nn.Module:
 
 
 CASES["relative positions by a network on constants"][2].update(
-    {name: D for name in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "scale")}
+    dict.fromkeys(("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "scale"), D)
 )
 
 
@@ -579,7 +595,9 @@ simple(
 
 @case("low-rank weight", randn(N, 5, 4), a=D, b=D)
 def low_rank() -> nn.Module:
-    return Net(lambda m, x: F.linear(x, m.a @ m.b + m.base), a=torch.randn(3, 1), b=torch.randn(1, 4), base=torch.randn(3, 4))
+    return Net(
+        lambda m, x: F.linear(x, m.a @ m.b + m.base), a=torch.randn(3, 1), b=torch.randn(1, 4), base=torch.randn(3, 4)
+    )
 
 
 CASES["low-rank weight"][2]["base"] = D
@@ -595,7 +613,7 @@ def computed_bias() -> nn.Module:
     )
 
 
-# operations without a rule ---------------------------------------------------------------------------------------------
+# operations without a rule -------------------------------------------------------------------------------------------
 
 
 @case("gated linear unit", randn(N, 4))

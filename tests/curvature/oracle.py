@@ -11,8 +11,7 @@ import kfe_fx
 from kfe_fx.curvature import Block, Blocks, Store, find_blocks, fit
 from kfe_fx.program import Program, named_tensors
 from kfe_fx.training.losses import Loss
-
-from ..random_nets import outputs
+from tests.random_nets import outputs
 
 RELATIVE = 1e-9
 
@@ -157,7 +156,9 @@ def check(
     return program, blocks, store
 
 
-def summed(program: Program, blocks: Blocks, inputs: list[Any], mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def summed(
+    program: Program, blocks: Blocks, inputs: list[Any], mode: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run forward and backward once with taps and return, by block, the sum of the rows' products and the gradients.
 
     What a block says of its examples must add up to the gradient of the parameter, also in training mode and where
@@ -185,7 +186,7 @@ def summed(program: Program, blocks: Blocks, inputs: list[Any], mode: str) -> tu
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
         collector.flush()
     module.eval()
-    truth = {name: grad for name, grad in zip(parameters, found, strict=True)}
+    truth = dict(zip(parameters, found, strict=True))
     assert not collector.nonfinite
     return made, {block.name: block.matrix(truth) for block in chosen}
 

@@ -15,9 +15,8 @@ from kfe_fx import taps
 from kfe_fx.curvature import Blocks, find_blocks
 from kfe_fx.program import Program
 from kfe_fx.shapes import propagate_all
-
-from .nets import CASES, N, Net, built, randn
-from .oracle import check_claims
+from tests.curvature.nets import CASES, N, Net, built, randn
+from tests.curvature.oracle import check_claims
 
 
 def blocks_of(name: str) -> tuple[Program, Blocks]:
@@ -42,7 +41,9 @@ def test_a_packed_weight_has_a_block_for_each_part_in_both_modes() -> None:
         "mha.in_proj_weight[4:12]": ((1, 8, 5), "mha.in_proj_bias"),
         "mha.out_proj.weight": ((1, 4, 5), "mha.out_proj.bias"),
     }
-    assert all({mode: len(uses) for mode, uses in block.uses.items()} == {"eval": 1, "train": 1} for block in blocks.blocks)
+    assert all(
+        {mode: len(uses) for mode, uses in block.uses.items()} == {"eval": 1, "train": 1} for block in blocks.blocks
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,15 @@ def test_blocks_are_matrices_of_inputs_and_outputs(name: str, shapes: dict[str, 
     assert {block.weight: block.shape for block in blocks.blocks} == shapes
 
 
-PLAIN = ["linear on vectors", "grouped", "tied embedding and head", "tied autoencoder", "addmm", "self attention", "einsum"]
+PLAIN = [
+    "linear on vectors",
+    "grouped",
+    "tied embedding and head",
+    "tied autoencoder",
+    "addmm",
+    "self attention",
+    "einsum",
+]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -76,7 +85,9 @@ def test_no_index_is_kept_of_a_weight_that_is_used_as_it_stands(name: str) -> No
     assert all(block.entries is None and block.bias_entries is None for block in blocks.blocks)
 
 
-@pytest.mark.parametrize("name", ["a packed weight", "grouped", "addmm", "einsum", "transposed conv2d", "tied autoencoder"])
+@pytest.mark.parametrize(
+    "name", ["a packed weight", "grouped", "addmm", "einsum", "transposed conv2d", "tied autoencoder"]
+)
 def test_what_is_put_is_what_was_gathered(name: str) -> None:
     program, blocks = blocks_of(name)
     before = {key: value.detach().clone() for key, value in program.module().named_parameters()}
@@ -136,9 +147,7 @@ def test_a_weight_that_is_dropped_at_random_in_evaluation_is_left_out() -> None:
 
 
 def test_a_weight_that_is_dropped_at_random_in_training_is_measured_in_evaluation_alone() -> None:
-    net = Net(
-        lambda m, x: F.linear(x, F.dropout(m.layer.weight, 0.5, m.training), m.layer.bias), layer=nn.Linear(4, 3)
-    )
+    net = Net(lambda m, x: F.linear(x, F.dropout(m.layer.weight, 0.5, m.training), m.layer.bias), layer=nn.Linear(4, 3))
     program = kfe_fx.capture(net.double().eval(), randn(N, 4))
     blocks = find_blocks(program)
     batched = {block.weight: block.batched for block in blocks.blocks}
@@ -161,7 +170,9 @@ def test_finding_blocks_takes_little_beside_the_shapes() -> None:
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3)]
     for _ in range(16):
         layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 4, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 4, enable_nested_tensor=False
+    )
     net = Net(
         lambda m, x: m.head(m.encoder(m.body(x).flatten(2).transpose(1, 2)).mean(1)),
         body=nn.Sequential(*layers),

@@ -15,9 +15,8 @@ from kfe_fx.curvature.layout import Layout
 from kfe_fx.errors import BadData
 from kfe_fx.program import Program
 from kfe_fx.training.losses import Loss
-
-from .nets import N, Net, randn, tokens
-from .oracle import LOSS, check, check_claims, check_store, measured, square, targets_of
+from tests.curvature.nets import N, Net, randn, tokens
+from tests.curvature.oracle import LOSS, check, check_claims, check_store, measured, square, targets_of
 
 
 def layouts(function: Any, *inputs: Tensor, axes: Any = None) -> list[Layout | None]:
@@ -86,7 +85,7 @@ def test_an_input_that_is_the_same_for_all_examples_has_none() -> None:
     check(program, inputs, N)
 
 
-# a network whose input is time-major ----------------------------------------------------------------------------------
+# a network whose input is time-major ---------------------------------------------------------------------------------
 
 
 class TimeMajor(nn.Module):
@@ -132,12 +131,14 @@ def test_outputs_may_be_time_major_too() -> None:
     last = Loss("last", lambda outs, targets: square(outs.transpose(0, 1), targets), "none")
     one = fit(program, [(randn(5, N, 4), targets_of(N))], last, source="empirical", statistics="diagonal")
     first = kfe_fx.capture(net, randn(N, 5, 4))
-    other = fit(first, [(randn(5, N, 4).transpose(0, 1), targets_of(N))], LOSS, source="empirical", statistics="diagonal")
+    other = fit(
+        first, [(randn(5, N, 4).transpose(0, 1), targets_of(N))], LOSS, source="empirical", statistics="diagonal"
+    )
     for name, block in one.blocks.items():
         torch.testing.assert_close(block.D, other.blocks[name].D, rtol=1e-9, atol=1e-15)
 
 
-# a network that pins its batch ------------------------------------------------------------------------------------------
+# a network that pins its batch ---------------------------------------------------------------------------------------
 
 
 def whole_batch(program: Program, x: Tensor) -> dict[str, Tensor]:
@@ -168,7 +169,10 @@ def test_a_network_that_pins_its_batch_is_measured_with_the_whole_of_it(turns: i
 
 
 def test_examples_that_are_mixed_are_taken_one_at_a_time() -> None:
-    net = Net(lambda m, x: m.layer(x.permute(1, 0, 2, 3).flatten(0, 2)).view(2, -1, 3, 4).transpose(0, 1), layer=nn.Linear(4, 4))
+    net = Net(
+        lambda m, x: m.layer(x.permute(1, 0, 2, 3).flatten(0, 2)).view(2, -1, 3, 4).transpose(0, 1),
+        layer=nn.Linear(4, 4),
+    )
     _, blocks, _ = check(net.double(), randn(N, 2, 3, 4), N)
     assert not any(block.batched["eval"] for block in blocks.blocks)
 
@@ -181,7 +185,7 @@ def test_examples_that_see_each_other_are_measured_row_by_row() -> None:
     targets = targets_of(6)
     program = kfe_fx.capture(net, x)
     store = measured(program, (x,), targets)
-    linear, norm, _, head = net
+    norm = net[1]
     own = {
         name: value.detach().expand(6, *value.shape).clone().requires_grad_() for name, value in net.named_parameters()
     }  # a copy of each parameter for each example
@@ -220,7 +224,7 @@ def test_sizes_of_what_is_computed_are_followed() -> None:
     assert all(block.batched["eval"] for block in blocks.blocks)
 
 
-# layouts themselves ---------------------------------------------------------------------------------------------------
+# layouts themselves --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["plain", "outer", "inner"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .nets import CASES, MIXED, K, N, built
-from .oracle import check
+from tests.curvature.nets import CASES, MIXED, K, N, built
+from tests.curvature.oracle import check
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from kfe_fx.curvature.patches import patches
-
-from .nets import randn
+from tests.curvature.nets import randn
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

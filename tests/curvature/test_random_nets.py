@@ -7,9 +7,17 @@ import torch
 
 import kfe_fx
 from kfe_fx.curvature import find_blocks
-
-from ..random_nets import FAMILIES, STEPS, Case, sample_net
-from .oracle import assert_equal, check_claims, check_store, coupled, gradients, measured, summed, targets_of
+from tests.curvature.oracle import (
+    assert_equal,
+    check_claims,
+    check_store,
+    coupled,
+    gradients,
+    measured,
+    summed,
+    targets_of,
+)
+from tests.random_nets import FAMILIES, STEPS, Case, sample_net
 
 N = 3
 
