@@ -275,7 +275,7 @@ def memory(name: str) -> dict[str, dict[str, float]]:
 
 def traces(field: Field) -> dict[str, dict[str, float | str]]:
     """Print sum(S*) of a layer over the mean squared norm of each example's gradient, per use of it."""
-    print(f"\nsum(S*) / mean |gradient|^2\n{'':20s}{''.join(f'{peer:20s}' for peer in field)}")
+    print(f"\nsum(S*) / mean |gradient|^2\n{'':20s}{''.join(f'{peer:20s}' for peer in field)}".rstrip())
     torch.manual_seed(0)
     made: dict[str, dict[str, float | str]] = {}
     for usage, case in usages().items():
@@ -290,7 +290,7 @@ def traces(field: Field) -> dict[str, dict[str, float | str]]:
                 row[peer] = round(ready.trace(ready.moments()) / truth, 4)
             except FAILURES:
                 row[peer] = "error"
-        print(f"{usage:20s}{''.join(f'{value!s:20s}' for value in row.values())}")
+        print(f"{usage:20s}{''.join(f'{value!s:20s}' for value in row.values())}".rstrip())
     return made
 
 

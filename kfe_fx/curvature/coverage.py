@@ -143,12 +143,12 @@ def _row(name: str, canonical: str, shape: tuple[int, ...], found: Blocks, reaso
         told = f"by block {names[0]} (bias of)" if len(names) == 1 else f"by {len(names)} blocks (bias of)"
         return CoveredParameter(name, shape, status, told, names, False)
     if status == DIAGONAL:
-        return CoveredParameter(name, shape, status, "diagonal, exact", names)
+        return CoveredParameter(name, shape, status, "diagonal", names)
     sizes = list(dict.fromkeys(str(list(block.shape)) for block in own))
     shown = ", ".join(sizes[:2]) + (", ..." if len(sizes) > 2 else "")
-    kinds = f"Kronecker block {shown}" if len(own) == 1 else f"{len(own)} Kronecker blocks {shown}"
+    kinds = f"Kronecker {shown}" if len(own) == 1 else f"{len(own)} Kronecker {shown}"
     uses = max(len(block.uses[mode]) for block in own for mode in block.uses)
-    return CoveredParameter(name, shape, status, f"exact ({kinds}, S* exact{f', {uses} uses' * (uses > 1)})", names)
+    return CoveredParameter(name, shape, status, f"{kinds}{f', {uses} uses' * (uses > 1)}", names)
 
 
 def _describe(block: Block, sizes: _Sizes) -> CoveredBlock:

@@ -121,7 +121,7 @@ class Examples(ExampleTracker):
             settled = [self._repeated(node, settled[0])]
         lost = not any(self._counted(dims) for dims in settled)
         if lost and any(self._counted(dims) for arg in node.all_input_nodes for dims in self._all(arg)):
-            found = self._probed(node)
+            found = [self._gathered(node)] if node.target is aten.gather.default else self._probed(node)
             settled = found if any(self._counted(dims) for dims in found) else settled
         self.values[node] = settled if several else settled[0]
         if self._move is not None:
@@ -142,14 +142,22 @@ class Examples(ExampleTracker):
         return tuple(found)
 
     def _repeated(self, node: fx.Node, dims: Dims) -> Dims:
-        """Label what is the same for all examples and repeated as often as there are some."""
+        """Label what is the same for all examples and repeated once for each: it may turn out to be theirs."""
         source, times = self.shape(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
         padded = (*(1,) * (len(times) - len(source)), *source)
         counts = [isinstance(each, fx.Node) and self.fakes[each] == len(self.examples) for each in times]
         return tuple(
-            self.free(len(self.examples)) if not layers and size == 1 and counted else layers
+            (self.classes.fresh(len(self.examples), free=True).repeat(size),) if counted and not layers else layers
             for layers, size, counted in zip(dims, padded, counts, strict=True)
         )
+
+    def _gathered(self, node: fx.Node) -> Dims:
+        """Label what is picked from a row as its index is labelled, else as the row."""
+        source, dim, index = node.args[:3]
+        if self._counted(self.dims(index)):
+            return self.dims(index)
+        over = int(dim) % len(self.dims(source))  # type: ignore[arg-type]
+        return tuple(() if place == over else layers for place, layers in enumerate(self.dims(source)))
 
     # asking an operation ----------------------------------------------------------------------------------------------
 

@@ -176,6 +176,7 @@ class Fitter:
                     if self.progress is not None and count:
                         self.progress("curvature", (number + (index + 1) / count) / passes)
             self.facts["nonfinite"] |= collector.nonfinite  # the same in every pass
+        self.sinks = []  # the sums are the caller's
         self.facts["examples"] = examples
         if not group.sum_number(examples):
             raise BadData("the data yields no batches to measure on; give at least one example")
@@ -239,8 +240,9 @@ class Fitter:
         return "exact" if per_example <= EXACT_OUTPUTS else "sampled"
 
     def _sink(self, observation: Observation) -> None:
-        for pairs in observation.chunks():
-            for sink in self.sinks:
+        wanted = [sink for sink in self.sinks if sink.takes(observation.block)]
+        for pairs in observation.chunks() if wanted else ():
+            for sink in wanted:
                 sink.add(observation.block, pairs, self.first)
 
 

@@ -158,8 +158,9 @@ def draws(node: fx.Node) -> bool:
     """Tell whether an operation draws random numbers."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given |= dict(zip([argument.name for argument in arguments], node.args, strict=False)) | node.kwargs
     off = any(given.get(name) is False for name in ("train", "training"))
     return not off and not any(given.get(name) == 0 for name in ("p", "dropout", "dropout_p"))
 

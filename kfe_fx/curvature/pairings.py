@@ -115,9 +115,10 @@ class Embedding(Pairing):
         return data.numel()
 
     def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
-        """Return one-hot rows and gradients; a padded position gives nothing."""
+        """Return one-hot rows and gradients; a padded position gives nothing, a negative number counts from the end."""
         n = len(data)
         index = data.reshape(n, -1).long()
+        index = index.where(index >= 0, index + self.size)
         if self.padding >= 0:
             index = index.where(index != self.padding, -1)
         return _pairs(OneHot(index, self.size), grad.reshape(1, n, -1, grad.shape[-1]), "left")

@@ -68,6 +68,23 @@ def embedding(look: Look, node: fx.Node) -> Pairing | None:
     return Embedding(weight, None, data, padding=int(padding), size=rows)  # type: ignore[arg-type]
 
 
+@pairing(aten.index.Tensor, aten.index_select.default)
+def table(look: Look, node: fx.Node) -> Pairing | None:
+    """Take rows that are picked by numbers as the look-up that it is."""
+    weight, *picked = node.args
+    index = picked[-1]
+    if node.target is aten.index.Tensor:
+        if len(index) != 1:  # type: ignore[arg-type]
+            return None
+        index = index[0]  # type: ignore[index]
+    elif picked[0] != 0:
+        return None
+    if not isinstance(index, fx.Node) or look.fixed(index) or not look.fixed(weight):  # type: ignore[arg-type]
+        return None
+    shape = look.shape(weight)  # type: ignore[arg-type]
+    return Embedding(weight, None, index, size=shape[0]) if len(shape) == 2 else None  # type: ignore[arg-type]
+
+
 def _each(value: Any, rank: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(int(x) for x in (values * rank if len(values) == 1 else values))

@@ -22,6 +22,10 @@ MAX_DENSE = 8192  # wider sides keep their diagonal
 class Statistic(ABC):
     """A sum over examples, per block."""
 
+    def takes(self, block: Block) -> bool:
+        """Tell whether there is such a statistic of a block."""
+        return True
+
     @abstractmethod
     def add(self, block: Block, pairs: Pairs, first: bool) -> None:
         """Add the rows of a few examples.
@@ -69,10 +73,12 @@ class Factors(Statistic):
     sharing: str = EXPAND
     sums: dict[str, FactorSums] = field(default_factory=dict)
 
+    def takes(self, block: Block) -> bool:
+        """Leave out a diagonal block, which has no pairs of rows."""
+        return block.kind == "kronecker"
+
     def add(self, block: Block, pairs: Pairs, first: bool) -> None:
-        """Add to A (on the first pass) and to G; a diagonal block has none."""
-        if block.kind == "diagonal":
-            return
+        """Add to A (on the first pass) and to G."""
         sums = self.sums.get(block.name)
         if sums is None:
             like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left

@@ -89,8 +89,11 @@ class _Purifier:
             self._read_current(node)
             if storage is None:
                 continue
-            if aliased:
+            fresh = node.target is operator.getitem and first not in self.parent  # one of several outputs, not a piece
+            if aliased and not fresh:
                 self.parent[node] = first if first in aliased else aliased[0]  # type: ignore[assignment]
+            elif aliased:
+                self.base[storage] = node
             else:
                 self.base.setdefault(storage, node)
             if _mutates(node):

@@ -49,12 +49,12 @@ def test_every_parameter_stands_there_once(program: Any):
     coverage = cover(program)
     rows = {row.name: row for row in coverage.parameters}
     assert list(rows) == [name for name, _ in program.module().named_parameters(remove_duplicate=False)]
-    assert rows["embed.weight"].told == "exact (Kronecker block [1, 11, 8], S* exact, 2 uses)"
+    assert rows["embed.weight"].told == "Kronecker [1, 11, 8], 2 uses"
     assert rows["head.weight"].told == "by block embed.weight (tied to embed.weight)"
-    assert rows["norm.weight"].told == "diagonal, exact"
-    assert rows["grouped.weight"].told == "exact (Kronecker block [2, 2, 13], S* exact)"
+    assert rows["norm.weight"].told == "diagonal"
+    assert rows["grouped.weight"].told == "Kronecker [2, 2, 13]"
     assert rows["grouped.bias"].told == "by block grouped.weight (bias of)"
-    assert rows["packed"].told == "exact (2 Kronecker blocks [1, 3, 4], S* exact)"
+    assert rows["packed"].told == "2 Kronecker [1, 3, 4]"
     assert rows["packed"].blocks == ("packed[0:3]", "packed[3:6]")
     assert rows["unused"].told == "left out: never reaches an output"
     assert rows["counter"].status == "left out"
