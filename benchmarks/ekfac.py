@@ -34,7 +34,12 @@ from kfe_fx.optim.moving import decompose
 IMAGES, SIZE, SMOOTH = 20_480, 28, 5
 SEEDS = (0, 1, 2)
 FIRST, SECOND = 300, 100
-RATES = {"sgd": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "adamw": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)}
+RATES = {
+    ("autoencoder", "sgd"): (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ("convnet", "sgd"): (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    ("autoencoder", "adamw"): (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    ("convnet", "adamw"): (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+}
 DAMPINGS = (2e-4, 5e-4, 1e-3)
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -88,8 +93,8 @@ def make(name: str, program: kfe_fx.Program, options: dict[str, Any]) -> torch.o
 
 
 def settings(network: str, name: str) -> list[dict[str, Any]]:
-    if name in RATES:
-        return [{"lr": rate} for rate in RATES[name]]
+    if name not in CURVATURE:
+        return [{"lr": rate} for rate in RATES[network, name]]
     return [{"kl_clip": trust, "damping": damping} for trust in NETWORKS[network][5] for damping in DAMPINGS]
 
 
@@ -233,7 +238,7 @@ def main() -> None:
     for network in given.network or NETWORKS:
         results: dict[str, Any] = {}
         for name in ("sgd", "adamw", *CURVATURE):
-            steps = FIRST if name in RATES else SECOND
+            steps = SECOND if name in CURVATURE else FIRST
             tried = [(final(known(network, name, one, 0, steps), steps), one) for one in settings(network, name)]
             best = min(tried, key=lambda pair: pair[0])[1]
             results[name] = {"best": best, "runs": [known(network, name, best, seed, steps) for seed in SEEDS]}

@@ -28,7 +28,9 @@ def show_coverage(coverage: Any) -> None:
         rows.append((row.name, "x".join(map(str, row.shape)) or "1", row.told, *cells))
     columns = ("parameter", "shape", "statistics", "positions", "factors", "examples")
     output.show_table(rows, columns, numbers=(3,))
-    click.echo("\nKronecker [K, o, i]: K groups of o x i entries; S* in the eigenbasis of A and G is exact. diagonal: exact.")
+    click.echo(
+        "\nKronecker [K, o, i]: K groups of o x i entries; S* in the eigenbasis of A and G is exact. diagonal: exact."
+    )
 
 
 def measured(store: Any, norm: Any) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def show_measured(facts: dict[str, Any]) -> None:
 )
 @click.option(
     "--statistics",
-    type=click.Choice(["ekfac", "kfac", "diagonal"]),
+    type=click.Choice(["ekfac", "ekfac-ra", "kfac", "diagonal"]),
     multiple=True,
     default=("ekfac",),
     show_default=True,

@@ -66,7 +66,7 @@ def assert_same(program: Program, twin: Program, inputs: tuple[Tensor, ...]) -> 
             assert one.requires_grad == other.requires_grad
 
 
-@settings(max_examples=300 if THOROUGH else 12)
+@settings(max_examples=300 if THOROUGH else 8)
 @given(case=nets(max_blocks=2))
 def test_taps_change_nothing_to_the_bit(case: Case) -> None:
     program = kfe_fx.capture(case.module, case.inputs)

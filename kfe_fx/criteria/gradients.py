@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kfe_fx.criteria import synthetic
-from kfe_fx.training.likelihood import Likelihood
 from kfe_fx.errors import BadData
 from kfe_fx.gates import GatedModule, gated
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
+from kfe_fx.training.likelihood import Likelihood
 from kfe_fx.training.losses import Loss, settle
 
 DATA_FREE_EXAMPLES = 256

@@ -95,7 +95,9 @@ def sum_store(store: Store, *, moments: bool = False) -> None:
     if group.size == 1:
         return
     store.complete(moments=moments)
-    keys, counts = (("S",), ("S_examples",)) if moments else (("A", "G", "D"), ("rows", "examples", "D_examples"))
+    keys, counts = (
+        (("S", "S_ra"), ("S_examples", "batches")) if moments else (("A", "G", "D"), ("rows", "examples", "D_examples"))
+    )
     for block in store.blocks.values():
         group.sum([block.sums[key] for key in keys if key in block.sums])
     told = [[block.counts.get(key, 0.0) for key in counts] for block in store.blocks.values()]

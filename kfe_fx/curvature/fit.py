@@ -12,17 +12,17 @@ from kfe_fx.curvature.blocks import Blocks, find_blocks
 from kfe_fx.curvature.collector import Collector
 from kfe_fx.curvature.distributed import Group, known_facts, sum_store
 from kfe_fx.curvature.observation import Observation
-from kfe_fx.curvature.statistics import EXPAND, REDUCE, Factors, Moments, Statistic
+from kfe_fx.curvature.statistics import EXPAND, REDUCE, Factors, Moments, Running, Statistic
 from kfe_fx.curvature.store import Store
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, put_tensor
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
-from kfe_fx.training.likelihood import CATEGORICAL, Likelihood
+from kfe_fx.training.likelihood import Likelihood
 from kfe_fx.training.losses import Loss, cut, resolve_loss, separable, settle
 
 SOURCES = ("empirical", "sampled", "exact")
-STATISTICS = ("diagonal", "kfac", "ekfac")
+STATISTICS = ("diagonal", "kfac", "ekfac", "ekfac-ra")
 Progress = Callable[[str, float | None], None]
 EXACT_OUTPUTS = 20
 
@@ -51,8 +51,8 @@ def fit(
         data: examples in any form that ``Batches`` takes; with targets for the source "empirical".
         loss: see ``resolve_loss``. What is differentiated is each example's own loss: with a mean over N examples
             gradients are multiplied by N.
-        statistics: any of "diagonal" (second moments of the parameters' gradients), "kfac" (factors and eigenbases) and
-            "ekfac" (those and S*).
+        statistics: any of "diagonal" (second moments of the parameters' gradients), "kfac" (factors and eigenbases),
+            "ekfac" (those and S*) and "ekfac-ra" (those and the running-average variant, see ``Running``).
         source: "empirical" (labels of the data), "sampled" (labels drawn from the network), "exact" (the whole
             distribution of labels, one backward pass per output: type-II, the generalised Gauss-Newton matrix), or
             "auto": exact for up to 20 outputs, else sampled.
@@ -94,12 +94,13 @@ def fit(
     factors, diagonal = Factors(sharing), Moments()
     store = Store.of(program, found, sharing=sharing)
     first: list[Statistic] = []
-    factored = bool(wanted & {"kfac", "ekfac"}) and bases is None
+    second = wanted & {"ekfac", "ekfac-ra"}
+    factored = bool(second or "kfac" in wanted) and bases is None
     if factored:
         first.append(factors)
     if "diagonal" in wanted:
         first.append(diagonal)
-    passes = (1 if first else 0) + ("ekfac" in wanted)
+    passes = bool(first) + bool(second)
     if first:
         fitter.run(first, 0, passes)
         store.add_factors(factors)
@@ -109,10 +110,12 @@ def fit(
         store.decompose(Group.current())
     if bases is not None:
         store.share_bases(bases)
-    if "ekfac" in wanted:
-        moments = Moments(store.bases())
-        fitter.run([moments], passes - 1, passes)
+    if second:
+        moments, running = Moments(store.bases()), Running(store.bases())
+        sinks: list[Statistic] = [moments] if "ekfac" in wanted else []
+        fitter.run([*sinks, running] if "ekfac-ra" in wanted else sinks, passes - 1, passes)
         store.add_moments(moments)
+        store.add_running(running)
         sum_store(store, moments=True)
     store.describe(known_facts(fitter.facts))
     if not any(block.examples for block in store.blocks.values()):
@@ -207,6 +210,8 @@ class Fitter:
         if values.requires_grad:
             torch.autograd.backward([values], None if column is None else [column], retain_graph=not last)
         collector.flush()
+        for sink in self.sinks:
+            sink.end(self.first)
         self.first = False
 
     def _totals(self, source: str, outputs: Any, likelihood: Likelihood, batch: Batch) -> Iterator[Tensor]:

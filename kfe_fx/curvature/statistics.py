@@ -26,6 +26,9 @@ class Statistic(ABC):
         """Tell whether there is such a statistic of a block."""
         return True
 
+    def end(self, first: bool) -> None:  # noqa: B027  most have nothing to do
+        """Be told that a backward pass is over."""
+
     @abstractmethod
     def add(self, block: Block, pairs: Pairs, first: bool) -> None:
         """Add the rows of a few examples.
@@ -237,7 +240,45 @@ def _add_sparse(sums: MomentSums, left: OneHot, right: Tensor, basis: Tensor | N
 
 @dataclass
 class RunningSums:
-    """Sum over batches of B·(mean rotated gradient)², and how many batches."""
+    """``S`` [K, o, i]: sum over batches of B·(mean rotated gradient)², and how many batches."""
 
     S: Tensor
     batches: float = 0.0
+
+
+@dataclass
+class Running(Statistic):
+    """Second moments of EKFAC-ra, ``B (U_G^T mean_n dW_n U_A)^2`` per batch of B (George et al. 2018, section 3).
+
+    No example's own gradient is needed; they are biased by (B - 1) times the square of the mean gradient, and equal S*
+    only where that is zero. Blocks whose examples are taken one at a time have batches of one.
+    """
+
+    bases: dict[str, Basis] = field(default_factory=dict)
+    sums: dict[str, RunningSums] = field(default_factory=dict)
+    _batch: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def add(self, block: Block, pairs: Pairs, first: bool) -> None:
+        """Add a few examples to the gradient of their batch."""
+        like = pairs.right if isinstance(pairs.right, Tensor) else pairs.left
+        assert isinstance(like, Tensor)
+        total, count = self._batch.get(block.name, (None, 0))
+        total = like.new_zeros(block.shape) if total is None else total
+        if isinstance(pairs.left, OneHot) and isinstance(pairs.right, Tensor):
+            valid = pairs.left.index >= 0
+            total[0].index_add_(0, pairs.left.index[valid], pairs.right[0][valid])
+        else:
+            left, right = pairs.dense()
+            total.baddbmm_(left.flatten(1, 2).transpose(1, 2), right.flatten(1, 2))
+        self._batch[block.name] = total, count + _count(pairs.left)[0]
+
+    def end(self, first: bool) -> None:
+        """Rotate and square what the batch came to."""
+        for name, (total, count) in self._batch.items():
+            basis = self.bases.get(name, IDENTITY)
+            turned = total if basis.U_G is None else torch.bmm(basis.U_G.transpose(1, 2), total)
+            turned = turned if basis.U_A is None else torch.bmm(turned, basis.U_A)
+            sums = self.sums.setdefault(name, RunningSums(torch.zeros_like(turned)))
+            sums.S += turned.square() / count
+            sums.batches += first
+        self._batch.clear()

@@ -15,7 +15,7 @@ from kfe_fx.curvature.blocks import Blocks
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.kernels import symmetric
-from kfe_fx.curvature.statistics import Basis, Factors, Moments
+from kfe_fx.curvature.statistics import Basis, Factors, Moments, Running
 from kfe_fx.errors import UsageError
 from kfe_fx.program import Program
 
@@ -46,7 +46,9 @@ class BlockStore:
     @property
     def examples(self) -> float:
         """How many examples the statistics are of."""
-        return max((self.counts.get(key, 0.0) for key in ("examples", "S_examples", "D_examples")), default=0.0)
+        return max(
+            (self.counts.get(key, 0.0) for key in ("examples", "S_examples", "D_examples", "batches")), default=0.0
+        )
 
     def _mean(self, key: str, count: str) -> Tensor | None:
         total = self.sums.get(key)
@@ -68,6 +70,11 @@ class BlockStore:
     def S(self) -> Tensor | None:
         """EKFAC second moments S* [K, o, i] in the eigenbasis."""
         return self._mean("S", "S_examples")
+
+    @property
+    def S_ra(self) -> Tensor | None:
+        """EKFAC-ra's second moments [K, o, i] in the eigenbasis: B·(mean rotated gradient)², averaged over batches."""
+        return self._mean("S_ra", "batches")
 
     @property
     def D(self) -> Tensor | None:
@@ -121,6 +128,12 @@ class Store:
             _add(self.blocks[name].sums, "S", sums.S)
             _count(self.blocks[name].counts, S_examples=sums.examples)
 
+    def add_running(self, running: Running) -> None:
+        """Add the running-average variant that was taken in this store's bases."""
+        for name, sums in running.sums.items():
+            _add(self.blocks[name].sums, "S_ra", sums.S)
+            _count(self.blocks[name].counts, batches=sums.batches)
+
     def describe(self, facts: dict[str, Any]) -> None:
         """Record where the statistics come from; counts are summed over the ranks of a process group."""
         group = Group.current()
@@ -133,7 +146,7 @@ class Store:
 
     def complete(self, *, moments: bool) -> None:
         """Make zero sums where this process has seen nothing of what others have, so that all can add."""
-        keys = ("S",) if moments else ("A", "G", "D")
+        keys = ("S", "S_ra") if moments else ("A", "G", "D")
         mine = {
             (name, key): block.sums[key].dim()
             for name, block in self.blocks.items()
@@ -176,8 +189,10 @@ class Store:
                         block.basis[key] = block.basis[key].contiguous()
                         group.share(block.basis[key], owner)
             # what was measured in another basis
-            block.sums.pop("S", None)
-            block.counts.pop("S_examples", None)
+            for key in ("S", "S_ra"):
+                block.sums.pop(key, None)
+            for key in ("S_examples", "batches"):
+                block.counts.pop(key, None)
 
     def bases(self) -> dict[str, Basis]:
         """Return the eigenbases by block."""
@@ -298,7 +313,7 @@ def _merged(name: str, mine: BlockStore, theirs: BlockStore) -> BlockStore:
     same = mine.basis.keys() == theirs.basis.keys() and all(
         torch.equal(mine.basis[key], theirs.basis[key]) for key in mine.basis
     )
-    if ("S" in mine.sums or "S" in theirs.sums) and not same:
+    if {"S", "S_ra"} & (mine.sums.keys() | theirs.sums.keys()) and not same:
         raise UsageError(
             f"the second moments of {name} are in different eigenbases and do not add; merge stores of factors, then "
             "decompose and fit S* in the shared basis"

@@ -16,9 +16,9 @@ from kfe_fx.format.fields import Malformed, distinct, dump, integer, items, pars
 
 _KEY = "kfe_fx_curvature"  # one key: safetensors writes several in any order
 _LARGEST = 2**48  # entries of a side
-_SUMS = {"A": "ii", "G": "oo", "S": "oi", "D": "oi"}
+_SUMS = {"A": "ii", "G": "oo", "S": "oi", "S_ra": "oi", "D": "oi"}
 _BASIS = {"U_A": "ii", "U_G": "oo", "lam_A": "i", "lam_G": "o"}
-_COUNTS = ("rows", "examples", "S_examples", "D_examples")
+_COUNTS = ("rows", "examples", "S_examples", "D_examples", "batches")
 
 
 def write(store: Store, path: Path) -> Path:

@@ -1,8 +1,8 @@
 """The distribution of labels that a network's outputs stand for: drawn from, or taken whole.
 
 Scores [N, C, ...] with C > 1 are logits of a softmax (or already its probabilities); anything else is the mean of a
-Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last. A loss by name ("cross-entropy", "mse")
-decides instead, and brings its scale: the loss of an example is the mean over its positions or elements.
+Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last. A loss by name ("cross-entropy",
+"mse") decides instead, and brings its scale: the loss of an example is the mean over its positions or elements.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Likelihood:
     def _values(self, outputs: object) -> Tensor:
         if self.loss is not None and not self.family:
             raise BadData(
-                f"the loss {self.loss.name!r} has no known distribution of labels to draw from; give targets for it, or "
-                "name cross-entropy or mse"
+                f"the loss {self.loss.name!r} needs targets: no distribution of labels is known for it; give targets, "
+                "or name cross-entropy or mse"
             )
         values = main_output(outputs)
         if not self.family:

@@ -185,8 +185,8 @@ def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
         ]
     if bool(torch.isfinite(whole)) and not torch.allclose(parts[0] + parts[1], whole, rtol=1e-3, atol=1e-12):
         raise UsageError(
-            f"the loss {loss.name!r} mixes the examples of a batch, so no gradient belongs to one alone; return a vector "
-            "[N], or a mean or sum of such"
+            f"the loss {loss.name!r} mixes the examples of a batch, so no gradient belongs to one alone; return a "
+            "vector [N], or a mean or sum of such"
         )
 
 

@@ -184,7 +184,7 @@ def _shown(data: Any) -> str:
 
 def _notes(program: Program, optimizer: torch.optim.Optimizer, group: Group) -> list[str]:
     notes = []
-    left_out = getattr(optimizer, "left_out", {})
+    left_out = getattr(optimizer, "left_out", None)  # an optimizer with curvature has it
     if left_out:
         few = ", ".join(list(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
         reason = next(iter(left_out.values()))
@@ -192,6 +192,8 @@ def _notes(program: Program, optimizer: torch.optim.Optimizer, group: Group) -> 
     skipped = getattr(optimizer, "skipped", 0)
     if skipped:
         notes.append(f"{skipped} steps were not taken: their gradients were not finite")
+    if left_out is not None and _has_live_norms(program):
+        notes.append("batch norm couples the examples of a batch: curvature was taken by rows, not by examples")
     if group.size > 1 and _has_live_norms(program):
         notes.append("each process normalised its own share of a batch; rank 0's running statistics were kept")
     return notes

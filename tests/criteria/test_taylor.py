@@ -143,8 +143,8 @@ def test_a_loss_of_ones_own_needs_targets():
 
 def test_sampled_labels_follow_the_model():
     """The mean square of d(-log p)/d logit is p (1 - p) when labels come from the model."""
-    from kfe_fx.training.likelihood import Likelihood
     from kfe_fx.training import Batch
+    from kfe_fx.training.likelihood import Likelihood
 
     logits = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64).expand(40_000, 3).clone().requires_grad_()
     for values in (logits, logits.softmax(1)):  # scores, and probabilities
@@ -155,8 +155,8 @@ def test_sampled_labels_follow_the_model():
 
 
 def test_token_scores_have_their_classes_last():
-    from kfe_fx.training.likelihood import Likelihood
     from kfe_fx.training import Batch
+    from kfe_fx.training.likelihood import Likelihood
 
     logits = torch.zeros(2, 3, 7, dtype=torch.float64, requires_grad=True)
     tokens = Batch([torch.zeros(2, 3, dtype=torch.int64)], None, 2)

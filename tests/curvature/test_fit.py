@@ -389,3 +389,34 @@ def test_float32_comes_to_the_same() -> None:
         assert found.blocks[name].D.dtype is torch.float32  # type: ignore[union-attr]
         close(found.blocks[name].D.double(), block.D, rtol=1e-4, atol=1e-7)  # type: ignore[union-attr]
         close(found.blocks[name].S.sum().double(), block.S.sum(), rtol=1e-5, atol=0)  # type: ignore[union-attr]
+
+
+def test_the_running_average_variant_is_the_square_of_each_batch_s_mean() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    inputs, targets = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,))
+    program = kfe_fx.capture(net, (inputs[:2],))
+    store = kfe_fx.curvature.fit(
+        program, (inputs, targets), source="empirical", statistics=("ekfac", "ekfac-ra"), batch_size=4
+    )
+    again = kfe_fx.curvature.fit(program, (inputs, targets), source="empirical", statistics="ekfac", batch_size=1)
+    single = kfe_fx.curvature.fit(program, (inputs, targets), source="empirical", statistics="ekfac-ra", batch_size=1)
+    for block in kfe_fx.curvature.find_blocks(program).blocks:
+        found, basis = store.blocks[block.name], store.blocks[block.name].basis
+        wanted = torch.zeros(block.shape, dtype=torch.float64)
+        for start in (0, 4, 8):
+            rows = slice(start, start + 4)
+            loss = nn.functional.cross_entropy(program.module()(inputs[rows]), targets[rows])
+            parameters = {name: program.tensor(name) for name in block.parameters}
+            grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+            mean = basis["U_G"].transpose(1, 2) @ block.matrix(grads) @ basis["U_A"]
+            wanted += 4 * mean.square() / 3
+        assert found.S_ra is not None
+        assert found.S is not None
+        torch.testing.assert_close(found.S_ra, wanted, rtol=1e-9, atol=1e-15)
+        # biased by the mean gradient, except for batches of one
+        assert not torch.allclose(found.S_ra, found.S, rtol=1e-2)
+        one, other = again.blocks[block.name].S, single.blocks[block.name].S_ra
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-15)

@@ -207,3 +207,15 @@ def test_options_that_mean_nothing(program: Program):
 def test_what_curvature_leaves_out_is_said(program: Program):
     notes = kfe_fx.train(program, examples(), optimizer="ekfac", steps=2)["notes"]
     assert any("unused" in note and "AdamW" in note for note in notes)
+    assert any("batch norm couples the examples" in note for note in notes)
+    assert kfe_fx.train(program, examples(), optimizer="adamw", steps=2)["notes"] == []
+
+
+def test_a_mean_square_error_is_brought_to_the_scale_of_a_likelihood():
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 40)), torch.randn(2, 6))
+    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+    y = torch.tanh(x @ torch.randn(6, 40, generator=torch.Generator().manual_seed(2)))
+    facts = kfe_fx.train(program, (x, y), optimizer="ekfac", epochs=20, batch_size=64, threads=1)
+    assert facts["loss"] == "mse"
+    assert facts["last_loss"] < 0.2 * facts["first_loss"]
