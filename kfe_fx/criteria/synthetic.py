@@ -96,8 +96,8 @@ def _inputs(program: Program, count: int, generator: torch.Generator, *, integer
         if not isinstance(example, Tensor):
             flat.append(example)
             continue
-        counts = example.dim() > 0 and 0 in program.axes.get(name, {})
-        shape = (count, *example.shape[1:]) if counts else tuple(example.shape)
+        dim = program.example_dims().get(name)
+        shape = tuple(count if place == dim else size for place, size in enumerate(example.shape))
         indexes = integers and not example.is_floating_point() and example.dtype != torch.bool
         rows = _table_rows(program, placeholders[name]) if indexes else None
         if example.is_floating_point():
@@ -105,8 +105,12 @@ def _inputs(program: Program, count: int, generator: torch.Generator, *, integer
         elif rows is not None:
             flat.append(torch.randint(0, rows, shape, dtype=example.dtype, generator=generator))
         else:
-            flat.append(example[torch.arange(count) % len(example)] if counts else example)
+            flat.append(example if dim is None else _repeated(example, dim, count))
     return flat
+
+
+def _repeated(example: Tensor, dim: int, count: int) -> Tensor:
+    return example.index_select(dim, torch.arange(count) % example.shape[dim])
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> _Noise:

@@ -92,13 +92,20 @@ class Block:
             assert self.pairing is not None
             target.copy_(self.pairing.tensor(weight, tuple(target.shape)))
         else:
-            target.view(-1)[self.entries.reshape(-1).to(target.device)] = weight.reshape(-1)
+            _write(target, self.entries, weight)
         if self.bias is not None:
             column, target = matrix[..., -1], values[self.bias]
             if self.bias_entries is None:
                 target.copy_(column.reshape(target.shape))
             else:
-                target.view(-1)[self.bias_entries.reshape(-1).to(target.device)] = column.reshape(-1)
+                _write(target, self.bias_entries, column)
+
+
+def _write(target: Tensor, entries: Tensor, values: Tensor) -> None:
+    """Set entries of a tensor, numbered in row-major order whatever its strides."""
+    flat = target.reshape(-1)  # a copy, or not
+    flat[entries.reshape(-1).to(target.device)] = values.reshape(-1)
+    target.copy_(flat.view(target.shape))
 
 
 @dataclass(frozen=True)

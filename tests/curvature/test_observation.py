@@ -152,3 +152,31 @@ def test_statistics_of_a_norm_stay_when_its_gradients_are_taken_one_by_one() -> 
     observe(program, blocks, randn(N, 4), lambda observation: [*observation.chunks()])
     assert once.any()
     torch.testing.assert_close(module.get_buffer("mean"), once)
+
+
+@pytest.mark.parametrize(
+    "name", ["lstm cell", "several outputs", "transformer layer", "tied autoencoder", "class token"]
+)
+def test_nothing_changes_while_statistics_are_taken(name: str) -> None:
+    net, inputs = built(CASES[name])
+    program = kfe_fx.capture(net, inputs)
+    module, blocks = program.module(), find_blocks(program)
+    seen: list[str] = []
+    collector = Collector(program, blocks, blocks.blocks, lambda observation: seen.append(observation.block.name))
+
+    def run(mode: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        given = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        outs = module.run_flat(given, mode)
+        total = torch.stack([out.square().sum() for out in outs]).sum()
+        wanted = [x for x in given if x.requires_grad] + list(module.parameters())
+        return [*outs, *torch.autograd.grad(total, wanted)]
+
+    for mode in program.graphs:
+        plain = run(mode)
+        with collector.watching():
+            watched = run(mode)
+            collector.flush()
+        assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+        assert {*seen} == {block.name for block in blocks.blocks if mode in block.uses}
+        seen.clear()
