@@ -60,6 +60,11 @@ class Block:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
+    def partial(self) -> bool:
+        """Whether it holds some entries of a parameter, and not all."""
+        return self.entries is not None or self.bias_entries is not None
+
+    @property
     def batched(self) -> dict[str, bool]:
         """By mode, whether all uses tell the examples of a batch apart."""
         return {mode: all(use.site.batched for use in uses) for mode, uses in self.uses.items()}

@@ -124,7 +124,8 @@ class Look:
         for node in self.graph.nodes:
             if node.op in ("placeholder", "get_attr") or self.fixed(node):
                 continue
-            operands = [operand for arg in node.all_input_nodes if (operand := self.operands.of(arg)) is not None]
+            tensors = [arg for arg in node.all_input_nodes if self.is_tensor(arg)]  # a size of a parameter is none
+            operands = [operand for arg in tensors if (operand := self.operands.of(arg)) is not None]
             if not operands:
                 continue
             tapped = self._tapped(node)

@@ -258,8 +258,9 @@ class EKFAC(Preconditioned):
             return truncated.solve(state, grad, eps.clamp_min(_TINY).expand(len(S)))
         U_A, U_G = state.get("U_A"), state.get("U_G")
         turned = self._turned(block, grad, U_A, U_G)
-        update = turned / (S + eps).clamp_min_(_TINY)  # a dead block has zero gradients, and steps by zero
-        product = (update * turned).sum()
+        damped = S + eps.clamp_min(_TINY)  # a dead block has zero gradients, and steps by zero
+        update = torch.div(turned, damped, out=damped)
+        product = torch.dot(update.reshape(-1), turned.reshape(-1))
         update = update if U_A is None else torch.bmm(update, U_A.transpose(1, 2))
         return (update if U_G is None else torch.bmm(U_G, update)), product
 

@@ -228,10 +228,14 @@ class Preconditioned(torch.optim.Optimizer):
             if any(p.grad is None for p in tensors.values()):
                 continue
             update, product = self._precondition(block, block.matrix({n: p.grad for n, p in tensors.items()}))  # type: ignore[misc]
-            made = {name: updates.setdefault(id(p), torch.zeros_like(p)) for name, p in tensors.items()}
+            for p in tensors.values():
+                if id(p) not in updates:
+                    updates[id(p)] = torch.zeros_like(p) if block.partial else torch.empty_like(p)
+            made = {name: updates[id(p)] for name, p in tensors.items()}
             # c times a loss has c times the gradient and c² times the curvature: its update is shorter by c, and the
             # product is the same
-            block.put(update / self.param_groups[0]["loss_scale"], made)
+            scale = self.param_groups[0]["loss_scale"]
+            block.put(update if scale == 1 else update / scale, made)
             inner.append(product)
         self._finish(self.steps)
         total = float(torch.stack([one.double().cpu() for one in inner]).sum()) if inner else 0.0
@@ -245,7 +249,8 @@ class Preconditioned(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                 if id(p) in updates:
                     self._move(p, updates[id(p)], group, scale)
                 else:

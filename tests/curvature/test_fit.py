@@ -223,7 +223,7 @@ def test_the_source_is_exact_where_that_is_cheap(high: int, source: str) -> None
 def test_a_loss_without_a_distribution_takes_the_labels_of_the_data() -> None:
     made = case("linear")
     assert fit(made.program, made.data, REDUCTIONS["sum"], statistics="diagonal").facts["source"] == "empirical"
-    with pytest.raises(BadData, match="no known distribution"):
+    with pytest.raises(BadData, match="no distribution of labels is known"):
         fit(made.program, made.data, REDUCTIONS["sum"], source="exact")
 
 

@@ -317,3 +317,15 @@ def test_a_failing_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(UnsupportedModel):
         capture(Branch(), torch.randn(2, 3))
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_of_several_outputs_may_be_written_to() -> None:
+    class Router(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            best, chosen = x.topk(2, -1)
+            best /= best.sum(-1, keepdim=True)  # fresh values, no view of x
+            return best, chosen
+
+    x = torch.rand(3, 5)
+    for ours, theirs in zip(capture(Router(), x)(x), Router()(x), strict=True):
+        assert torch.equal(ours, theirs)

@@ -651,3 +651,18 @@ def test_a_group_norm_of_tied_groups_loses_positions_and_changes_its_statistic()
     ]
     assert_units(analysis, *incoming, *outgoing)
     assert analysis.statistics == ["aten.group_norm at 2"]
+
+
+class Ellipsis(nn.Module):
+    """An einsum that does not spell the dims it leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,io", torch.einsum("...i,io->...o", x, self.up).relu(), self.down)
+
+
+def test_einsum_with_an_ellipsis() -> None:
+    assert_units(analysed(Ellipsis(), 2, 5, 3), *({"up": {1: (k,)}, "down": {0: (k,)}} for k in range(4)))

@@ -109,3 +109,21 @@ def test_no_batches(one: Program):
     with pytest.raises(BadData, match="no batches"):
         Batches(one, []).targets()
     assert np.isclose(len(Batches(one, (x for x in ()))), 0)
+
+
+def test_examples_lie_where_the_network_has_them() -> None:
+    class TimeMajor(nn.Module):
+        def forward(self, x: Tensor, start: Tensor) -> Tensor:
+            return x.sum(0) + start
+
+    x, start, targets = torch.randn(7, 5, 3), torch.randn(5, 3), torch.arange(5)
+    program = capture(TimeMajor(), (x, start), {"x": {0: "time", 1: "batch"}, "start": {0: "batch"}})
+    first = ArrayData((x.movedim(1, 0), start), targets)
+    for data in (((x, start), targets), first):
+        batches = list(Batches(program, data, 2)) if data is first else list(Batches(program, [data], 2))
+        assert sum(batch.count for batch in batches) == 5
+        assert torch.equal(torch.cat([batch.inputs[0] for batch in batches], 1), x)
+        (one, two) = batches[0].rows(0, 1).inputs
+        assert one.shape == (7, 1, 3)
+        assert two.shape == (1, 3)
+        assert torch.equal(batches[0].rows(0, 1).targets, targets[:1])
