@@ -11,6 +11,7 @@ import functools
 import hashlib
 import keyword
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,6 +164,12 @@ def _compile(module: nn.Module, graph: fx.Graph, observer: taps.Observer | None)
     scope = dict(code.globals)
     exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)
     return functools.partial(scope["forward"], _Attributes(module))
+
+
+def run_node(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Call the operation of a ``call_function`` node on the values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # a name only for nodes of another kind
 
 
 def copy_graph(graph: fx.Graph, names: dict[fx.Node, str] | None = None) -> fx.Graph:

@@ -52,7 +52,6 @@ class Block:
     entries: Tensor | None = field(default=None, repr=False)
     bias_entries: Tensor | None = field(default=None, repr=False)
     pairing: Pairing | None = field(default=None, repr=False)
-    weight_shape: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:

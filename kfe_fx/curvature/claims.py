@@ -180,7 +180,6 @@ class Claims:
                     group.entries,
                     None if group.bias_entries is None else group.bias_entries.reshape(k, o),
                     group.pairing,
-                    shape,
                 )
             )
         return made
@@ -191,7 +190,7 @@ class Claims:
             uses.setdefault(use.mode, []).append(Use(use.site, use.operand))
         value = self.program.tensor(name)
         found = {mode: tuple(each) for mode, each in uses.items()}
-        return Block(name, "diagonal", (1, 1, value.numel()), name, uses=found, weight_shape=tuple(value.shape))
+        return Block(name, "diagonal", (1, 1, value.numel()), name, uses=found)
 
 
 def _is_weight(use: _Member) -> bool:

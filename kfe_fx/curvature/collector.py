@@ -34,7 +34,6 @@ class Collector:
         self.enabled = True  # whether backward passes are seen
         self.forced = False  # whether taps ask for gradients that the parameters do not
         self.alone = False  # whether each backward pass is of one example's loss, whatever the batch
-        self.scale = 1.0
         self.nonfinite: dict[str, int] = {}
         self._blocks = blocks
         self._run: Run | None = None
@@ -79,7 +78,7 @@ class Collector:
 
     def _finish(self, run: Run, block: Block) -> None:
         seen = run.pending.pop(block.name)
-        observation = Observation(self.program, block, run, seen, self.scale)
+        observation = Observation(self.program, block, run, seen)
         with torch.no_grad():
             if observation.finite():
                 self.sink(observation)

@@ -21,7 +21,7 @@ from kfe_fx.labels.analysis import BATCH, analysis_sizes, track
 from kfe_fx.labels.examples import ExampleTracker
 from kfe_fx.labels.tracker import Dims, Layers
 from kfe_fx.labels.unionfind import UnionFind
-from kfe_fx.program import Program
+from kfe_fx.program import Program, run_node
 
 aten = torch.ops.aten
 _REPEATS = {aten.repeat.default}
@@ -239,10 +239,9 @@ def _nowhere(fake: Any) -> Dims:
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> list[Tensor]:
-    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: values[arg])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is drawn is the same each time
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = run_node(node, values.__getitem__)
     return list(result) if isinstance(result, list | tuple) else [result]
 
 

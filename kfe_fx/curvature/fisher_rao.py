@@ -24,7 +24,7 @@ from kfe_fx.curvature.pairs import OneHot, Pairs
 from kfe_fx.curvature.store import Store
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
-from kfe_fx.training.batches import Batch, Batches, pinned_batch
+from kfe_fx.training.batches import Batch, Batches
 from kfe_fx.training.likelihood import Likelihood
 
 
@@ -132,20 +132,11 @@ class _Products(Fitter):
         held = {name: value.detach() for name, value in program.module().named_parameters()}
         self.theta = {block.name: block.matrix(held) for block in self.blocks.blocks}
         batched = all(block.batched.get("eval", True) for block in self.blocks.blocks)
-        likelihood = Likelihood(self.loss, self.seed)
         collector = Collector(self.view, self.blocks, self.blocks.blocks, self._add)
-        collector.forced = True
-        collector.alone = not batched and pinned_batch(self.view) is not None
-        apart = not batched and not collector.alone
         self.sums = [0.0, 0.0, 0.0]  # of squares, examples, examples left out
         group = Group.current()
-        with collector.watching():
-            for index, batch in enumerate(self.batches):
-                if index % group.size != group.rank:
-                    continue
-                likelihood.generator.manual_seed(self.seed * 1_000_003 + index)
-                for piece in [batch.rows(i, i + 1) for i in range(batch.count)] if apart else [batch]:
-                    self._batch(piece, likelihood, collector)
+        for _ in self.watched(collector, split=not batched):
+            pass
         squares, examples, skipped = (group.sum_number(value) for value in self.sums)
         if not examples:
             raise BadData("no gradient was finite, so nothing was measured; check the data and the loss")

@@ -155,7 +155,6 @@ class Fitter:
         self.sinks = sinks
         mixed = [block for block in self.blocks.blocks if not block.batched.get("eval", True)]
         whole = [block for block in self.blocks.blocks if block not in mixed]
-        likelihood = Likelihood(self.loss, self.seed)
         count = len(self.batches)
         examples = 0
         group = Group.current()
@@ -163,26 +162,35 @@ class Fitter:
             if not chosen:
                 continue
             collector = Collector(self.view, self.blocks, chosen, self._sink)
-            collector.forced = True
-            # a network that pins its batch cannot take one example: the loss of each is taken out of the whole batch
-            collector.alone = split and pinned_batch(self.view) is not None
-            with collector.watching():
-                for index, batch in enumerate(self.batches):
-                    if index % group.size != group.rank:
-                        continue
-                    likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
-                    apart = split and not collector.alone
-                    pieces = [batch.rows(i, i + 1) for i in range(batch.count)] if apart else [batch]
-                    for piece in pieces:
-                        self._batch(piece, likelihood, collector)
-                    examples += batch.count if chosen is whole or not whole else 0
-                    if self.progress is not None and count:
-                        self.progress("curvature", (number + (index + 1) / count) / passes)
+            for index, seen in self.watched(collector, split=split):
+                examples += seen if chosen is whole or not whole else 0
+                if self.progress is not None and count:
+                    self.progress("curvature", (number + (index + 1) / count) / passes)
             self.facts["nonfinite"] |= collector.nonfinite  # the same in every pass
         self.sinks = []  # the sums are the caller's
         self.facts["examples"] = examples
         if not group.sum_number(examples):
             raise BadData("the data yields no batches to measure on; give at least one example")
+
+    def watched(self, collector: Collector, *, split: bool) -> Iterator[tuple[int, int]]:
+        """Pass this rank's batches by a collector; yield the number of each and how many examples it had.
+
+        With ``split`` each example is taken on its own.
+        """
+        likelihood = Likelihood(self.loss, self.seed)
+        collector.forced = True
+        # a network that pins its batch cannot take one example: the loss of each is taken out of the whole batch
+        collector.alone = split and pinned_batch(self.view) is not None
+        apart = split and not collector.alone
+        group = Group.current()
+        with collector.watching():
+            for index, batch in enumerate(self.batches):
+                if index % group.size != group.rank:
+                    continue
+                likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
+                for piece in [batch.rows(i, i + 1) for i in range(batch.count)] if apart else [batch]:
+                    self._batch(piece, likelihood, collector)
+                yield index, batch.count
 
     def _batch(self, batch: Batch, likelihood: Likelihood, collector: Collector) -> None:
         module = self.view.module()
@@ -238,7 +246,7 @@ class Fitter:
     def _automatic(self, outputs: Any, batch: Batch) -> str:
         try:
             columns = Likelihood(self.loss, 0)
-            values = columns._values(outputs)
+            values = columns.values(outputs)
         except BadData:
             return "empirical"
         per_example = values.numel() // max(1, batch.count)

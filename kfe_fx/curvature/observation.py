@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from kfe_fx.curvature.blocks import Block, Site, Use
+from kfe_fx.curvature.blocks import Block, Use
 from kfe_fx.curvature.direct import Moment, Rows, per_example
 from kfe_fx.curvature.layout import rows
 from kfe_fx.curvature.operands import Operand
 from kfe_fx.curvature.pairs import Pairs, joined
-from kfe_fx.program import Program
+from kfe_fx.program import Program, run_node
 
 CHUNK = 8 << 20  # bytes of rows at a time
 
@@ -184,8 +183,7 @@ class Observation:
             elif node.op == "placeholder":
                 known[node] = self.run.inputs[str(node.target)]
             else:
-                args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._value(arg, known))
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                known[node] = run_node(node, lambda arg: self._value(arg, known))
         return known[node]
 
 
@@ -206,8 +204,3 @@ def uses_by_site(blocks: tuple[Block, ...], mode: str) -> dict[str, list[tuple[B
         for use in block.uses.get(mode, ()):
             found.setdefault(use.site.name, []).append((block, use))
     return found
-
-
-def shows(site: Site) -> str:
-    """Name a site for a message: module path, else source line, else node."""
-    return str(site.node.meta.get("module") or site.node.meta.get("source") or site.node.name)

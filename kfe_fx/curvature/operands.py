@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from kfe_fx.labels.registry import overloads
-from kfe_fx.program import Program, tied_names
+from kfe_fx.program import Program, run_node, tied_names
 
 aten = torch.ops.aten
 
@@ -64,8 +63,7 @@ class Operand:
                 name = self.canonical.get(str(node.target), str(node.target))
                 known[node] = parameters[name] if name in parameters else program.tensor(name).detach()
             else:
-                args, kwargs = map_arg((node.args, node.kwargs), lambda arg: known[arg])
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                known[node] = run_node(node, known.__getitem__)
         return known[self.node]
 
     def index(self, program: Program, sized: Mapping[fx.Node, Any] | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfe_fx.curvature.blocks import Block
-from kfe_fx.curvature.kernels import add_gram, add_second_moments, symmetric
+from kfe_fx.curvature.kernels import add_gram, add_second_moments
 from kfe_fx.curvature.pairs import OneHot, Pairs
 
 EXPAND, REDUCE = "expand", "reduce"
@@ -46,23 +46,14 @@ class FactorSums:
     """Sums behind A and G of a block.
 
     ``A`` [K, i, i] and ``G`` [K, o, o] are upper block triangles (or diagonals [K, i] where a side is wide or one-hot);
-    ``rows`` counts what A is averaged over, ``examples`` what G is.
+    ``rows`` counts what A is averaged over, ``examples`` what G is. expand: A = sum a a^T / (N R), G = sum g g^T / N
+    (Eschenhagen et al. 2023; the product is that of KFC, Grosse & Martens 2016). reduce: both are means over examples.
     """
 
     A: Tensor
     G: Tensor
     rows: float = 0.0
     examples: float = 0.0
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Return A and G, symmetric or diagonal.
-
-        expand: A = sum a a^T / (N R), G = sum g g^T / N (Eschenhagen et al. 2023; the product is that of KFC, Grosse &
-        Martens 2016). reduce: both are means over examples.
-        """
-        A = symmetric(self.A) if self.A.dim() == 3 else self.A
-        G = symmetric(self.G) if self.G.dim() == 3 else self.G
-        return A / max(self.rows, 1.0), G / max(self.examples, 1.0)
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Likelihood:
         Raises:
             BadData: a loss of the user's own was given, for which no distribution is known.
         """
-        values = self._values(outputs)
+        values = self.values(outputs)
         if self.family == GAUSSIAN:
             noise = torch.randn(values.shape, dtype=values.dtype, generator=self.generator).to(values.device)
             scale = self._gaussian_scale(values, batch.count)
@@ -60,7 +60,7 @@ class Likelihood:
             BadData: a loss of the user's own was given, for which no distribution is known.
             UsageError: there are more than 1,024 columns.
         """
-        values = self._values(outputs)
+        values = self.values(outputs)
         if self.family == GAUSSIAN:
             yield from self._gaussian_columns(values, batch.count)
             return
@@ -95,7 +95,8 @@ class Likelihood:
         """Return 1 / standard deviation: the loss (1/O) sum (y - t)^2 is that of a variance O / 2."""
         return 1.0 if self.loss is None else math.sqrt(2.0 * count / values.numel())
 
-    def _values(self, outputs: object) -> Tensor:
+    def values(self, outputs: object) -> Tensor:
+        """Return the output that the labels are drawn for, and settle the family."""
         if self.loss is not None and not self.family:
             raise BadData(
                 f"the loss {self.loss.name!r} needs targets: no distribution of labels is known for it; give targets, "

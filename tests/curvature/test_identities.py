@@ -131,6 +131,7 @@ def test_rows_add_up_to_the_gradient_of_a_mean_loss(name: str) -> None:
     total: dict[str, Tensor] = {}
 
     def sink(observation: Observation) -> None:
+        observation.scale = float(EXAMPLES)  # gradients of a mean become those of each example's own loss
         for pairs in observation.chunks():
             left, right = pairs.dense()
             found = left.flatten(1, 2).transpose(1, 2) @ right.flatten(1, 2) / EXAMPLES
@@ -138,7 +139,6 @@ def test_rows_add_up_to_the_gradient_of_a_mean_loss(name: str) -> None:
 
     module = made.program.module()
     collector = Collector(made.program, made.blocks, made.blocks.blocks, sink)
-    collector.scale = float(EXAMPLES)
     with collector.watching():
         F.cross_entropy(module(made.inputs), made.targets).backward()
         collector.flush()
