@@ -17,6 +17,8 @@ from kfe_fx.frontend.capture import capture
 from kfe_fx.program import Program
 from tests.processes import in_two_processes
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker: the processes run once, and not four at a time
+
 
 class Net(nn.Module):
     """One-hot rows, shared positions, a diagonal, and a parameter that is never reached."""

@@ -18,6 +18,8 @@ from kfe_fx.training.batches import Batch, Batches
 from kfe_fx.training.parallel import average_gradients, check_shared, share_of
 from tests.processes import in_two_processes
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker: the processes run once, and not four at a time
+
 EXAMPLES = 75  # batches of 16 and, with what is held out, an odd last one
 
 
