@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from kfe_fx.program import Program
+from kfe_fx.recurrent.op import OPAQUE, RECURRENT
 
 
 class _Propagator(fx.Interpreter):
@@ -19,6 +20,10 @@ class _Propagator(fx.Interpreter):
         super().__init__(program.module(), garbage_collect_values=False, graph=graph)
         self.mode = mode
         self._fakes = fakes
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # of the opaque twin only shapes are computed, the kernels would be traced step by step
+        return super().call_function(OPAQUE if target is RECURRENT else target, args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)

@@ -17,6 +17,13 @@ from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.frontend import source
 from kfe_fx.frontend.align import align, same_graph
 from kfe_fx.frontend.inputs import Call, read_axes, read_call, repeated
+from kfe_fx.frontend.recurrent import (
+    axes_of_sequences,
+    candidates,
+    has_recurrent_layers,
+    loops_of_cells,
+    opaque_layers,
+)
 from kfe_fx.frontend.translate import axis_names, input_shapes, translate
 from kfe_fx.program import Program, ProgramModule, Signature, put_tensor
 from kfe_fx.shapes import propagate
@@ -27,8 +34,9 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
     """Capture ``module`` as a Program that owns copies of its tensors; ``module`` is left as it was.
 
     ``example_inputs``: a tensor, a tuple of arguments, a dict of keywords, or ``(args, kwargs)``.
-    ``dynamic_axes``: ``{input: {dim: axis name}}``; None makes dim 0 of every tensor input dynamic ("batch"). A network
-    that pins an axis falls back to the example's size there and says so in ``Program.notes``.
+    ``dynamic_axes``: ``{input: {dim: axis name}}``; None makes dim 0 of every tensor input dynamic ("batch"), and of a
+    network with recurrent layers the dims that these count sequences ("batch") and steps ("time") by. A network that
+    pins an axis falls back to the example's size there and says so in ``Program.notes``.
 
     Raises:
         UnsupportedModel: the network cannot be captured (data-dependent control flow, ...), with the source line.
@@ -40,6 +48,8 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
         raise UsageError(f"capture takes an nn.Module, got {type(module).__name__}")
     call = read_call(module, example_inputs)
     requested = read_axes(call, dynamic_axes)
+    if dynamic_axes is None and has_recurrent_layers(module):
+        requested = _sequence_axes(module, call, requested)
     program = _capture(module, call, requested, explicit=dynamic_axes is not None)
     if program.axes and not _runs_at_other_sizes(program):
         if dynamic_axes is not None:
@@ -53,14 +63,36 @@ def _capture(module: nn.Module, call: Call, requested: dict[str, dict[int, str |
     notes: list[str] = []
     with _modes_restored(module), _quiet():
         training = _training_flags(module)
-        module.eval()
-        exported, axes = _export_dynamic(module, call, requested, notes, explicit=explicit)
-        _set_flags(module, training)
-        trained = _export_training(module, call, axes, notes)
+        with opaque_layers(module):
+            module.eval()
+            exported, axes = _export_dynamic(module, call, requested, notes, explicit=explicit)
+            _set_flags(module, training)
+            trained = _export_training(module, call, axes, notes)
         module.eval()
         program = _build(module, call, exported, trained, axes, notes)
         _check_same(module, program)
     return program
+
+
+def _sequence_axes(
+    module: nn.Module, call: Call, default: dict[str, dict[int, str | None]]
+) -> dict[str, dict[int, str | None]]:
+    """Find the dims that recurrent layers count sequences and steps by: trace with every dim dynamic and look."""
+    with _modes_restored(module), _quiet(), opaque_layers(module):
+        module.eval()
+        for chosen in candidates([leaf.shape for leaf in call.leaves]):
+            bold: dict[str, dict[int, str | None]] = {
+                name: {dim: None for dim in range(leaf.dim()) if chosen(place, dim)}
+                for place, (name, leaf) in enumerate(zip(call.names, call.leaves, strict=True))
+            }
+            try:
+                exported = _export(module, call, bold)
+            except UnsupportedModel:
+                continue
+            found = axes_of_sequences(exported, call.names, input_shapes(exported))
+            # an input that no recurrent layer counts anything by keeps the usual dim 0
+            return {name: dict(found.get(name) or dims) for name, dims in default.items()}
+    return default
 
 
 def _runs_at_other_sizes(program: Program) -> bool:
@@ -128,6 +160,7 @@ def _build(
             lines = source.users({n.meta.get("source", "") for n in told})
             if lines and "train" in graphs:
                 notes.append(f"runs only in {where}: {', '.join(lines[:8])}")
+    notes += loops_of_cells(graphs["eval"])
     signature = Signature(call.names, call.arg_names, len(call.args), call.template, outputs)
     holder = ProgramModule(graphs, signature)
     _adopt_tensors(holder, module, constants)

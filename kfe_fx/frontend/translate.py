@@ -14,6 +14,8 @@ from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend import source
 from kfe_fx.frontend.inline import inline_regions
 from kfe_fx.frontend.purify import purify
+from kfe_fx.frontend.recurrent import simplify_states
+from kfe_fx.recurrent.op import from_opaque
 
 aten = torch.ops.aten
 _CHECKS = (
@@ -42,6 +44,8 @@ def translate(
     _drop_checks(graph)
     _plain_copies(graph)
     purify(graph)
+    from_opaque(graph)
+    simplify_states(graph)
     _drop_noise(graph, constants)
     graph.eliminate_dead_code()
     for node in graph.nodes:
