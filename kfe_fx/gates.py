@@ -20,6 +20,7 @@ from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.sites import GateSite
 from kfe_fx.program import Program, ProgramModule, copy_graph
+from kfe_fx.recurrent.op import RECURRENT
 from kfe_fx.structure import pack
 
 PREFIX = "kfe_gate_"
@@ -67,7 +68,7 @@ def gate(
     if len(table) > 1:
         if example_dim is None:
             raise UsageError("this activation mixes examples: gate them one at a time (a gate of one row)")
-        times = value.shape[example_dim] // len(table)
+        times = max(1, value.shape[example_dim] // len(table))  # of size one it is what the gates are to be written in
         if layout == "outer":
             table = table.repeat_interleave(times, 0)
         elif layout == "inner":
@@ -99,21 +100,48 @@ def insert(graph: fx.Graph, analysis: Analysis) -> list[str]:
         node = nodes.get(site.node)
         if node is None or node.op != "call_function" or site.dim == site.example_dim:
             missing.append(site.node)
-            continue
-        _gate_node(graph, node, site, analysis, gates)
+        elif site.argument is not None:
+            _gate_inside(graph, node, site, analysis, gates)
+        else:
+            _gate_node(graph, node, site, analysis, gates)
     graph.lint()
     return missing
 
 
-def _gate_node(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> None:
+def _arguments(site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> tuple[Any, ...]:
     group = analysis.groups[analysis.units[int(site.units[site.units >= 0][0])].group]
     columns = np.asarray(group.units)
     index = np.searchsorted(columns, site.units).clip(0, len(columns) - 1)
     index = np.where(columns[index] == site.units, index, -1)
     in_order = np.array_equal(index, np.arange(len(columns)))
-    arguments = (site.dim, None if in_order else index.tolist(), site.example_dim, site.example_layout or "plain")
+    chosen = None if in_order else index.tolist()
+    return gates[group.id], site.dim, chosen, site.example_dim, site.example_layout or "plain"
+
+
+def _gate_inside(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> None:
+    # the operation multiplies by a table of its own, [N or 1, n]: ones, gated
+    like = next(arg for arg in node.all_input_nodes if arg.op == "get_attr")
+    with graph.inserting_before(node):
+        ones = graph.call_function(torch.ops.aten.new_ones.default, (like, [1, len(site.units)]))
+        gated = graph.call_function(GATE, (ones, *_arguments(site, analysis, gates)))
+    ones.meta, gated.meta = dict(node.meta), dict(node.meta)
+    _set_argument(node, str(site.argument), gated)
+
+
+def _set_argument(node: fx.Node, name: str, value: fx.Node | None, old: fx.Node | None = None) -> None:
+    """Set an argument of an operation that is ``old`` now."""
+    place = [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    if place < len(node.args):
+        if node.args[place] is old:
+            node.args = (*node.args[:place], value, *node.args[place + 1 :])
+    elif node.kwargs.get(name) is old:
+        rest = {key: given for key, given in node.kwargs.items() if key != name}
+        node.kwargs = rest if value is None else {**rest, name: value}
+
+
+def _gate_node(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> None:
     with graph.inserting_after(node):
-        gated = graph.call_function(GATE, (node, gates[group.id], *arguments))
+        gated = graph.call_function(GATE, (node, *_arguments(site, analysis, gates)))
     gated.meta = dict(node.meta)
     node.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
 
@@ -130,6 +158,10 @@ def strip(graph: fx.Graph, inputs: tuple[str, ...]) -> int:
             if arg not in feeding:
                 feeding.add(arg)
                 frontier += arg.all_input_nodes
+        for user in [user for user in node.users if user.target is RECURRENT]:
+            for name in ("gate", "cell_gate"):
+                _set_argument(user, name, None, node)
+            feeding.add(source)  # type: ignore[arg-type]
         node.replace_all_uses_with(source)  # type: ignore[arg-type]
         graph.erase_node(node)
     for node in reversed(list(graph.nodes)):

@@ -18,6 +18,7 @@ from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rul
     movement,
     normalisation,
     pointwise,
+    recurrent,
     reduction,
     spatial,
 )

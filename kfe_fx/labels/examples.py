@@ -39,10 +39,14 @@ class ExampleTracker(Tracker):
 
     def layout(self, node: fx.Node) -> tuple[int | None, str | None]:
         """Return the dim of a node that counts the examples and how: see ``GateSite``; (None, None) where none does."""
+        return self.layout_of(self.values[node])
+
+    def layout_of(self, value: Dims) -> tuple[int | None, str | None]:
+        """Return the same of the labels of one tensor."""
         wanted = self.classes.find(self.examples)
         if (wanted == 0).any() or len(set(wanted.tolist())) < len(wanted):
             return None, None
-        for dim, layers in enumerate(self.values[node]):
+        for dim, layers in enumerate(value):
             for layer in layers:
                 roots = self.classes.find(layer)
                 if np.array_equal(roots, wanted):

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from kfe_fx.labels.analysis import BATCH, Analysis
+from kfe_fx.labels.sites import Site
 
 aten = torch.ops.aten
 
@@ -34,10 +35,16 @@ class _Masked(fx.Interpreter):
         self.gone[list(removed)] = True
         self.gone[-1] = False
         self.minted: dict[str, set[int]] = {}
+        self.inside: dict[str, list[Site]] = {}
         for site in analysis.sites:
-            self.minted.setdefault(site.node, set()).add(site.dim)
+            if site.argument is None:
+                self.minted.setdefault(site.node, set()).add(site.dim)
+            else:
+                self.inside.setdefault(site.node, []).append(site)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.inside:
+            return self._masked_inside(n)
         value = self.tracker.values.get(n)
         if n.op != "call_function" or n in self.tracker.static or not isinstance(value, tuple):
             return super().run_node(n)
@@ -55,6 +62,18 @@ class _Masked(fx.Interpreter):
             shaped = masks[dim].reshape([-1 if axis == dim else 1 for axis in range(result.dim())])
             result = torch.where(shaped, torch.zeros((), dtype=result.dtype), result)
         return result
+
+    def _masked_inside(self, n: fx.Node) -> Any:
+        """Multiply removed units by zero where they stand inside the operation, at every step."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        dtype = next(value.dtype for value in given.values() if isinstance(value, torch.Tensor))
+        for site in self.inside[n.name]:
+            gone = torch.from_numpy(self.gone[site.units])
+            if gone.any():
+                given[str(site.argument)] = (~gone).to(dtype).unsqueeze(0)
+        return n.target(**given)  # type: ignore[operator]
 
     def _masks(self, value: Any, shape: torch.Size) -> dict[int, torch.Tensor]:
         masks = {}

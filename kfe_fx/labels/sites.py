@@ -16,13 +16,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Mint:
-    """Labels that first appear in an activation at a node: ``fresh`` marks those that no input of it carries."""
+    """Labels that first appear in an activation at a node: ``fresh`` marks those that no input of it carries.
+
+    Inside an operation they have no dim of its value: ``argument`` is then the one that multiplies them, [N or 1, n].
+    """
 
     node: str
     dim: int
     labels: np.ndarray
     fresh: np.ndarray
     parameter: tuple[str, int] | None
+    argument: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Site:
     dim: int
     units: np.ndarray
     parameter: tuple[str, int] | None = None
+    argument: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class GateSite:
     """Where a gate multiplies units: after the normalisation that follows the mint.
 
     ``example_dim`` is the dim that counts examples; ``example_layout``: "plain" (index = example), "outer" (each
-    example's rows lie together), "inner" (the examples alternate), or None where no dim counts them.
+    example's rows lie together), "inner" (the examples alternate), or None where no dim counts them. ``argument``: the
+    gate is that argument of the operation, [N or 1, units], which multiplies inside it.
     """
 
     node: str
@@ -48,6 +54,7 @@ class GateSite:
     units: np.ndarray
     example_dim: int | None
     example_layout: str | None
+    argument: str | None = None
 
 
 def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
@@ -55,7 +62,11 @@ def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
     mints = []
     for node in graph.nodes:
         value = tracker.values.get(node)
-        if node.op != "call_function" or node in tracker.static or not isinstance(value, tuple):
+        if node.op != "call_function" or node in tracker.static:
+            continue
+        if isinstance(value, list):
+            mints += _inside(tracker, node)
+        if not isinstance(value, tuple):
             continue
         if not any(value):
             continue
@@ -67,6 +78,17 @@ def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
                 fresh = (roots != 0) if dim in brought else ~np.isin(roots, carried) & (roots != 0)
                 if fresh.any():
                     mints.append(Mint(node.name, dim, layer, fresh, _parameter_of(tracker, node, roots)))
+    return mints
+
+
+def _inside(tracker: Tracker, node: fx.Node) -> list[Mint]:
+    mints = []
+    for argument, layers in tracker.minted.get(node, {}).items():
+        for layer in layers:
+            roots = tracker.classes.find(layer)
+            if (roots != 0).any():
+                parameter = _parameter_of(tracker, node, roots)
+                mints.append(Mint(node.name, 1, layer, roots != 0, parameter, argument))
     return mints
 
 
@@ -100,6 +122,13 @@ def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> 
     found = []
     for site in sites:
         node = nodes[site.node]
+        if site.argument is not None:
+            plain = isinstance(examples.values[node], list) and examples.layout_of(examples.values[node][1]) == (
+                0,
+                "plain",
+            )
+            found.append(GateSite(node.name, 1, site.units, 0, "plain" if plain else None, site.argument))
+            continue
         users = list(node.users)
         if len(users) == 1 and users[0].target in _NORMS:
             node = users[0]

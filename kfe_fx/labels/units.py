@@ -76,7 +76,7 @@ class UnitTable:
     def site(self, mint: Mint) -> Site | None:
         """Tell a mint in unit ids, or None when no unit is minted there."""
         ids = np.where(mint.fresh, self.numbers(mint.labels), -1)
-        return Site(mint.node, mint.dim, ids, mint.parameter) if (ids >= 0).any() else None
+        return Site(mint.node, mint.dim, ids, mint.parameter, mint.argument) if (ids >= 0).any() else None
 
     def groups(self, sites: Iterable[Site]) -> list[Group]:
         """Join units that are minted along the same dims; number the groups and tell each unit its group."""

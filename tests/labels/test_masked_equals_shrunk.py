@@ -35,6 +35,7 @@ PARTS = {
         )
     }
     | {"conv-bn-act", "residual", "flatten-linear", "tied-twice", "constant-scale"},
+    "recurrence": {name for name in FAMILIES if "recurrent" in name} | {"linear", "layer-norm", "residual", "mlp"},
 }
 
 
@@ -63,9 +64,13 @@ def remove_at_random(program: Program, seed: int, share: float = SHARE) -> Prune
 def inputs_of(program: Program, batch: int, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = []
-    for example in program.flat_examples():
+    for name, example in zip(program.signature.input_names, program.flat_examples(), strict=True):
         size = batch if program.axes else len(example)
         rows = example[torch.arange(size) % len(example)]
+        for dim, axis in program.axes.get(name, {}).items():
+            if axis.startswith("time"):  # another length at each batch size
+                steps = torch.arange(rows.shape[dim] + batch - 1)
+                rows = rows.index_select(dim, steps % rows.shape[dim])
         noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64) if rows.is_floating_point() else 0
         inputs.append(rows + noise)
     return inputs
@@ -114,6 +119,12 @@ def test_convolutions(case: Case) -> None:
 @given(case=nets(max_blocks=3, families=PARTS["movement"]))
 @settings(max_examples=50)
 def test_data_movement(case: Case) -> None:
+    check(case)
+
+
+@given(case=nets(max_blocks=3, families=PARTS["recurrence"]))
+@settings(max_examples=25)
+def test_recurrence(case: Case) -> None:
     check(case)
 
 

@@ -20,6 +20,8 @@ def fan_in(module: nn.Module, name: str, p: Tensor) -> int | None:
         return p.shape[1] * p.shape[2]
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and name == "weight":
         return math.prod(p.shape[1:])
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and p.dim() == 2:
+        return p.shape[1]
     if isinstance(module, nn.MultiheadAttention) and p.dim() == 2:
         return p.shape[1]
     sizes = [n for n in p.shape if n > 1]

@@ -10,13 +10,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from . import attention, channels, contraction, convolution, norms, pointwise, spatial, structure, unknown
+from . import attention, channels, contraction, convolution, norms, pointwise, recurrent, spatial, structure, unknown
 from .core import STEPS, Chain, Chooser, Drawing, RandomChooser, Raw, Scope, Shape, Step, StepDescription, T, project
 from .fill import fill
 
 __all__ = ["FAMILIES", "Case", "RandomNet", "case_of", "draw_description", "nets", "sample_net"]
 
-MODULES = (convolution, contraction, norms, pointwise, channels, structure, spatial, attention, unknown)
+MODULES = (convolution, contraction, norms, pointwise, channels, structure, spatial, attention, recurrent, unknown)
 FAMILIES: tuple[str, ...] = tuple(STEPS)  # of steps; a case also names "input-tokens", "output-tuple" and the like
 Description = dict[str, Any]
 VOCABULARY = 11

@@ -1,0 +1,116 @@
+"""Recurrent layers: one label for each hidden unit, over all gates, the recurrent column, biases and statistics.
+
+A removed unit is zero at every step, so what reads it (the recurrent weight, the projection, whoever comes next) loses
+a column; and nobody sees its gates any more, so that they go too (Wen et al. 2018, section 3). With a projection there
+are two kinds of units: those of the cell, which the projection reads, and those that leave the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from kfe_fx.labels.registry import overloads, rule
+from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.recurrent.op import CELLS, RECURRENT, Arguments
+
+aten = torch.ops.aten
+
+
+@rule(RECURRENT)
+def layer(tracker: Tracker, node: fx.Node) -> list[Dims]:
+    """Trace one direction of one layer: output, last hidden state and last cell state."""
+    call = Arguments.of(node)
+    gates = CELLS[call.cell]
+    cells = _gate_rows(tracker, node, call, gates)
+    if call.weight_hr is None:
+        hidden = cells
+    else:
+        rows, columns = tracker.dims(call.weight_hr)
+        cells = tracker.unify(cells, columns, node)
+        hidden = rows
+    hidden = tracker.unify(hidden, tracker.dims(call.weight_hh)[1], node)
+    if tracker.shape(call.weight_ih)[1] > 1:
+        tracker.unify(tracker.dims(call.weight_ih)[1], tracker.dims(call.input)[2], node)
+    tracker.freeze(tracker.dims(call.input)[call.time_dim], node, "is stepped through by a recurrent layer")
+    batch = tracker.dims(call.input)[1 - call.time_dim]
+    for state, units in ((call.h0, hidden), (call.c0, cells)):
+        if state is not None:
+            batch = tracker.unify(batch, tracker.dims(state)[0], node)
+            tracker.unify(units, tracker.dims(state)[1], node)
+    if call.lengths is not None:
+        batch = tracker.unify(batch, tracker.dims(call.lengths)[0], node)
+    tracker.minted[node] = {"gate": hidden} | ({"cell_gate": cells} if call.weight_hr is not None else {})
+    output = (batch, (), hidden) if call.batch_first else ((), batch, hidden)
+    return [output, (batch, hidden), (batch, cells) if call.cell == "lstm" else ((),)]
+
+
+def _gate_rows(tracker: Tracker, node: fx.Node, call: Arguments, gates: int) -> Layers:
+    """Merge the rows of all gates in everything that has one row a gate and unit; return the units."""
+    rows = [(one, 0) for one in (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)]
+    rows += [(call.gamma_ih, 0), (call.gamma_hh, 0)]
+    rows += [(one, 1) for one in (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh)]
+    units: Layers | None = None
+    for tensor, dim in rows:
+        if tensor is not None:
+            units = _blocks(tracker, node, tracker.dims(tensor)[dim], gates, units)
+    assert units is not None
+    for tensor, dim in ((call.gamma_c, 0), (call.beta_c, 0), (call.mean_c, 1), (call.var_c, 1)):
+        if tensor is not None and tracker.shape(tensor)[dim] > 1:
+            units = tracker.unify(units, tracker.dims(tensor)[dim], node)
+    statistics = (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh, call.mean_c, call.var_c, call.seen)
+    for tensor in statistics:
+        if tensor is not None:
+            tracker.freeze(tracker.dims(tensor)[0], node)  # one row a step
+    return units
+
+
+def _blocks(tracker: Tracker, node: fx.Node, layers: Layers, gates: int, units: Layers | None) -> Layers:
+    """Merge the blocks of one dim of size g H with each other and with ``units``, [H]."""
+    layers = tracker.single(layers, node)
+    for block in range(gates):
+        part = tuple(labels.reshape(gates, -1)[block] for labels in layers)
+        units = part if units is None else tracker.unify(units, part, node)
+    return units or ()
+
+
+_CELLS = {
+    **dict.fromkeys(overloads(aten, "lstm_cell.default"), 4),
+    **dict.fromkeys(overloads(aten, "gru_cell.default"), 3),
+    **dict.fromkeys(overloads(aten, "rnn_tanh_cell.default", "rnn_relu_cell.default"), 1),
+}
+
+
+@rule(*_CELLS)
+def cell(tracker: Tracker, node: fx.Node) -> Any:
+    """Trace one step of a cell that the network calls by itself; the weights tie its steps."""
+    states = node.args[1]
+    hidden_state, cell_state = states if isinstance(states, list | tuple) else (states, None)
+    weights = [node.args[2], node.args[3], tracker.arg(node, 4, "b_ih"), tracker.arg(node, 5, "b_hh")]
+    call = Arguments(node.args[0], hidden_state, cell_state, *weights)
+    units = _gate_rows(tracker, node, call, _CELLS[_target(node)])
+    units = tracker.unify(units, tracker.dims(call.weight_hh)[1], node)
+    if tracker.shape(call.weight_ih)[1] > 1:
+        tracker.unify(tracker.dims(call.weight_ih)[1], tracker.dims(call.input)[-1], node)
+    batch = tracker.dims(call.input)[:-1]
+    for state in (hidden_state, cell_state):
+        if state is not None:
+            dims = tracker.dims(state)
+            batch = tuple(tracker.unify(one, other, node) for one, other in zip(batch, dims[:-1], strict=True))
+            tracker.unify(units, dims[-1], node)
+    output = (*batch, units)
+    if cell_state is None:
+        tracker.minted[node] = {len(output) - 1}
+        return output
+    for user in node.users:  # h is what a gate multiplies; c only leads to it
+        if user.args[1] == 0:
+            tracker.minted[user] = {len(output) - 1}
+    return [output, output]
+
+
+def _target(node: fx.Node) -> OpOverload:
+    assert isinstance(node.target, OpOverload)
+    return node.target
