@@ -153,6 +153,12 @@ def show(job: Job, result: Any, paths: Any) -> None:
     show_default=True,
     help="What attention loses: whole heads, or the same positions of every head.",
 )
+@click.option(
+    "--resize-state",
+    is_flag=True,
+    help="Let states of recurrent layers that are inputs or outputs lose hidden units too; the certificate and the "
+    "metadata of the ONNX file tell their new widths.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
 @click.option(
     "-o",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kfe_fx.errors import PlanError
+from kfe_fx.labels.states import resizable
 from kfe_fx.program import tied_names
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Plan:
     kept: dict[str, list[tuple[int, list[int]]]] = field(default_factory=dict)
     actions: tuple[dict[str, Any], ...] = ()
     heads: str = "auto"
+    resize_state: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -61,7 +63,7 @@ class Plan:
             }
             for unit in gone
         )
-        return cls(kept, actions, heads)
+        return cls(kept, actions, heads, resizable(analysis.program))
 
     def units(self, analysis: Analysis) -> frozenset[int]:
         """Find the units of ``analysis`` that this plan removes.
@@ -93,6 +95,7 @@ class Plan:
         return {
             "version": VERSION,
             "heads": self.heads,
+            **({"resize_state": True} if self.resize_state else {}),
             "kept": {name: [[dim, indices] for dim, indices in changes] for name, changes in self.kept.items()},
             "actions": list(self.actions),
             "metadata": self.metadata,
@@ -116,7 +119,10 @@ class Plan:
                 str(name): [(int(dim), [int(i) for i in indices]) for dim, indices in changes]
                 for name, changes in data["kept"].items()
             }
-            return cls(kept, tuple(data["actions"]), str(data.get("heads", "auto")), dict(data.get("metadata", {})))
+            return cls(
+                kept, tuple(data["actions"]), str(data.get("heads", "auto")), data.get("resize_state", False) is True,
+                dict(data.get("metadata", {})),
+            )  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
 

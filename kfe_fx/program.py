@@ -24,6 +24,7 @@ from kfe_fx.errors import UsageError
 from kfe_fx.structure import flatten_like, pack
 
 _BATCH_NAMES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (r"batch(_?size)?(_\d+)?", "b", "n"))
+_TIME_NAMES = re.compile(r"(time|steps?|length|seq(uence)?(_?len(gth)?)?|t)(_\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ProgramModule(nn.Module):
 
     def run_flat(self, flat: list[Any], mode: str = "eval") -> tuple[Any, ...]:
         """Run graph ``mode`` on flat inputs and return the flat outputs."""
-        observer = self._observer
+        observer = self._observer if torch.is_grad_enabled() else None  # else there is nothing to see
         if observer is not None and (begin := getattr(observer, "begin", None)) is not None:
             begin(flat, mode)
         key = mode, None if observer is None else id(observer)
@@ -246,13 +247,13 @@ class Program:
         """Return the names of the dynamic axes that count examples.
 
         Axes called "batch" ("batch_1", ...) do wherever they lie; else those called "b", else "n"; else those at dim 0
-        of an input.
+        of an input that are not called by a word for time.
         """
         names = {axis for dims in self.axes.values() for axis in dims.values()}
         for called in _BATCH_NAMES:
             if found := {name for name in names if called.fullmatch(name)}:
                 return found
-        return {dims[0] for dims in self.axes.values() if 0 in dims}
+        return {dims[0] for dims in self.axes.values() if 0 in dims and not _TIME_NAMES.fullmatch(dims[0])}
 
     def example_dims(self) -> dict[str, int]:
         """Return by name of an input the dim that counts its examples; inputs that hold none are left out."""

@@ -66,6 +66,8 @@ def _follow(module: nn.Module, small: Program) -> None:
         for name, value in written.get(path, {}).items():
             if hasattr(layer, name):
                 setattr(layer, name, value)
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            _follow_recurrent(path, layer)
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, torch.Tensor):
             continue
@@ -76,6 +78,21 @@ def _follow(module: nn.Module, small: Program) -> None:
             layer.in_channels, layer.out_channels = (wide, narrow) if layer.transposed else (narrow, wide)
         elif isinstance(layer, nn.Embedding):
             layer.num_embeddings, layer.embedding_dim = weight.shape
+
+
+def _follow_recurrent(path: str, layer: Any) -> None:
+    single = isinstance(layer, nn.RNNCellBase)
+    names = ["weight_hh"] if single else [names[1] for names in layer._all_weights]
+    gates = {"LSTM": 4, "GRU": 3}.get(type(layer).__name__.removesuffix("Cell"), 1)
+    shapes = {tuple(getattr(layer, name).shape) for name in names}
+    if len(shapes) > 1:
+        raise PlanError(f"{path}: its layers and directions now have widths of their own; use result.module()")
+    rows, columns = next(iter(shapes))
+    layer.hidden_size = rows // gates
+    layer.input_size = getattr(layer, "weight_ih" if single else "weight_ih_l0").shape[1]
+    if not single:
+        layer.proj_size = columns if layer.proj_size else 0
+        layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
 
 
 def _written(small: Program) -> dict[str, dict[str, Any]]:

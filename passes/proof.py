@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import fx
 
 from kfe_fx.certificate import Certificate
 from kfe_fx.errors import VerificationFailed
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.oracle import run_masked
+from kfe_fx.labels.states import narrow_input, resizable
 from kfe_fx.program import Program
 from kfe_fx.runtime.inputs import draw_inputs
 from kfe_fx.runtime.onnx_file import onnx_bytes
@@ -53,11 +56,16 @@ def masked_error(analysis: Analysis, shrunk: Program, removed: frozenset[int], s
         The largest difference relative to an output's rms or spread, and what rounding allows in its precision.
     """
     program = analysis.program
+    leaves: Any = program.graphs["eval"].output_node().args[0]
     pairs = []
     with torch.no_grad():
         for turn, batch in enumerate(MASKED_BATCHES if program.batch_axes() else (None,)):
             flat = draw_inputs(program, batch, seed + turn)
-            pairs.append((run_masked(analysis, removed, flat), shrunk.module().run_flat(flat)))
+            whole = zip(leaves, run_masked(analysis, removed, flat), strict=True)
+            masked = [_kept(analysis, removed, leaf, value) for leaf, value in whole]
+            names = program.signature.input_names
+            cut = [narrow_input(shrunk, name, value) for name, value in zip(names, flat, strict=True)]
+            pairs.append((masked, shrunk.module().run_flat(cut)))
     error, allowed = 0.0, MASKED_TOLERANCE[torch.float64]
     for place, value in enumerate(pairs[0][0]):
         if isinstance(value, torch.Tensor):
@@ -65,6 +73,16 @@ def masked_error(analysis: Analysis, shrunk: Program, removed: frozenset[int], s
             error = max(error, compare_output(str(place), values).error)
             allowed = max(allowed, MASKED_TOLERANCE.get(value.dtype, 1e-2) if value.is_floating_point() else 0.0)
     return error, allowed
+
+
+def _kept(analysis: Analysis, removed: frozenset[int], leaf: Any, value: Any) -> Any:
+    """Take of an output of the masked original what the shrunk network still has: states may have lost units."""
+    if not isinstance(value, torch.Tensor) or not isinstance(leaf, fx.Node) or not resizable(analysis.program):
+        return value
+    for dim, index in enumerate(analysis.kept(leaf.name, removed)):
+        if index is not None:
+            value = value.index_select(dim, torch.from_numpy(index))
+    return value
 
 
 def _double(program: Program) -> Program:

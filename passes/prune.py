@@ -85,6 +85,7 @@ def prune(
     batch: int = 1,
     keep: Sequence[str] = (),
     heads: str = "auto",
+    resize_state: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -112,6 +113,8 @@ def prune(
         batch: of the latency measurement.
         keep: globs of parameters whose units stay.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
+        resize_state: let states of recurrent layers that are inputs or outputs of the network lose hidden units too
+            (streaming models); whoever calls it then holds the smaller states that the certificate tells.
         seed: of the split and all sampling.
         progress: called with (stage, share done or None).
 
@@ -129,7 +132,7 @@ def prune(
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
     settings = Settings(
         budget, metric, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads,
-        batch, tuple(keep), heads, seed,
+        batch, tuple(keep), heads, seed, resize_state,
     )  # fmt: skip
     if budget < 1:
         data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")

@@ -20,6 +20,7 @@ from kfe_fx.criteria.base import ScoreContext, score
 from kfe_fx.embedding import embed, lift_scores, relative
 from kfe_fx.errors import PlanError, UnsupportedModel
 from kfe_fx.labels.analysis import Analysis, analyze
+from kfe_fx.labels.states import free_states, widths
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
 from kfe_fx.passes.proof import check_masked, prove
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
@@ -65,6 +66,7 @@ class Settings:
     keep: tuple[str, ...]
     heads: str
     seed: int
+    resize_state: bool = False
 
 
 class Rounds:
@@ -82,7 +84,8 @@ class Rounds:
         Raises:
             UnsupportedModel: nothing can be removed.
         """
-        self.original = program
+        self.original = free_states(program) if settings.resize_state else program
+        program = self.original
         self.settings = settings
         self.data = data
         self.progress = progress or (lambda stage, done=None: None)
@@ -210,7 +213,8 @@ class Rounds:
             plan = Plan.of_units(self.analysis, selection.removed, heads=settings.heads)
             candidate = Shrink(plan).run(self.original).program
             session = make_session(template.model(candidate), threads=settings.threads)
-            found = compare([dense, session], example, seconds=TURN_SECONDS, precision=0.005, seed=settings.seed)
+            each = [example, feeds(candidate, settings.batch, settings.seed)] if settings.resize_state else example
+            found = compare([dense, session], each, seconds=TURN_SECONDS, precision=0.005, seed=settings.seed)
             return found.ratios[1].value
 
         result = close_loop(
@@ -331,6 +335,8 @@ class Rounds:
     def _count(self) -> None:
         certificate = self.certificate
         certificate.after = self._counts(self.removed)
+        if self.settings.resize_state:
+            certificate.measured["states"] = widths(self.small)
         certificate.data |= self.scoring
         if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
@@ -347,7 +353,10 @@ class Rounds:
         self.progress("measuring anew", None)
         sessions = [make_session(model, threads=settings.threads) for model in (onnx_bytes(self.original), onnx)]
         found = compare(
-            sessions, feeds(self.original, settings.batch, settings.seed), seconds=FINAL_SECONDS, seed=settings.seed + 1
+            sessions,
+            [feeds(program, settings.batch, settings.seed) for program in (self.original, self.small)],
+            seconds=FINAL_SECONDS,
+            seed=settings.seed + 1,
         )
         ratio = found.ratios[1]
         self.certificate.reached = ratio.value

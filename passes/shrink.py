@@ -11,10 +11,12 @@ from torch import nn
 from kfe_fx.errors import VerificationFailed
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.relocate import Relocation
+from kfe_fx.labels.states import free_states, narrow_input, record_removal, widths
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
 from kfe_fx.shapes import propagate_all
+from kfe_fx.structure import pack
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Shrink(Pass):
         if not self.plan.kept:
             return PassResult(program, False, {"removed": 0})
         twin = program.sharing()
+        twin = free_states(twin) if self.plan.resize_state else twin
         analysis = analyze(twin, heads=self.plan.heads)
         removed = self.plan.units(analysis)
         gone = analysis.table.gone(removed)
@@ -51,10 +54,30 @@ class Shrink(Pass):
             graph.eliminate_dead_code()
             graph.lint()
         twin.module().recompile()
+        _narrow_states(twin, analysis, removed)
         for mode, fakes in _shapes(twin, analysis.trackers["eval"].sizes).items():
             _check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
-        return PassResult(twin, True, {"removed": len(removed), "tensors": sliced})
+        facts: dict[str, Any] = {"removed": len(removed), "tensors": sliced}
+        return PassResult(twin, True, facts)
+
+
+def _narrow_states(program: Program, analysis: Analysis, removed: frozenset[int]) -> None:
+    """Cut the example inputs and the calibration sample of a Program whose states lost units."""
+    kept = {
+        name: found[-1].tolist()
+        for name in widths(program)
+        if (found := analysis.kept(name, removed)) and found[-1] is not None
+    }
+    if not kept:
+        return
+    record_removal(program, kept)
+    names = program.signature.input_names
+    cut = lambda flat: [narrow_input(program, name, value) for name, value in zip(names, flat, strict=True)]  # noqa: E731
+    program.example_inputs = pack(program.signature.inputs, cut(program.flat_examples()))
+    if "calibration" in program.extras:
+        inputs, targets = program.extras["calibration"]
+        program.extras["calibration"] = tuple(cut(inputs)), targets
 
 
 def _shapes(program: Program, sizes: dict[str, int]) -> dict[str, dict[Any, Any]]:

@@ -25,6 +25,7 @@ from kfe_fx.labels import (  # noqa: F401  (importing a family registers its rul
 from kfe_fx.labels.examples import follow_examples, freeze_irregular
 from kfe_fx.labels.registry import RULES
 from kfe_fx.labels.sites import GateSite, Site, gate_sites, mint_sites
+from kfe_fx.labels.states import find_states, resizable
 from kfe_fx.labels.tracker import Dims, Tracker
 from kfe_fx.labels.unionfind import UnionFind
 from kfe_fx.labels.units import FrozenDim, Group, Unit, UnitTable, build_units
@@ -128,7 +129,8 @@ def _without_taps(program: Program) -> Program:
 def _label_taps(tracker: Tracker, graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=taps.TAP):
         source = node.args[0]
-        tracker.fakes[node], tracker.values[node] = tracker.fakes[source], tracker.values[source]
+        if source in tracker.values:  # of what an opened recurrent layer is made of nothing is known
+            tracker.fakes[node], tracker.values[node] = tracker.fakes[source], tracker.values[source]
 
 
 def analysis_sizes(program: Program) -> dict[str, int]:
@@ -143,6 +145,7 @@ def analysis_sizes(program: Program) -> dict[str, int]:
 def track(tracker: Tracker, graph: fx.Graph, fakes: dict[Any, Any], sizes: dict[str, int]) -> Tracker:
     """Run the rules over one graph and return the tracker with every node's labels."""
     tracker.sizes = sizes
+    tracker.states, tracker.resizes = find_states(graph), resizable(tracker.program)
     tracker.fakes.fill(fakes)
     aliases = tied_names(tracker.program.module())
     for node in graph.nodes:

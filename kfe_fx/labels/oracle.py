@@ -46,7 +46,8 @@ class _Masked(fx.Interpreter):
         if n.name in self.inside:
             return self._masked_inside(n)
         value = self.tracker.values.get(n)
-        if n.op != "call_function" or n in self.tracker.static or not isinstance(value, tuple):
+        state = n.op == "placeholder" and n.name in self.minted
+        if (n.op != "call_function" and not state) or n in self.tracker.static or not isinstance(value, tuple):
             return super().run_node(n)
         result = super().run_node(n)
         masks = self._masks(value, result.shape)
@@ -57,7 +58,8 @@ class _Masked(fx.Interpreter):
             forced = set(masks)  # centring moves zero wherever it stands
         else:
             forced = {dim for dim in masks if dim in self.minted.get(n.name, ())}
-        forced |= {dim for dim in masks if dim not in forced and self._moves_zero(n, dim, masks[dim])}
+        if not state:
+            forced |= {dim for dim in masks if dim not in forced and self._moves_zero(n, dim, masks[dim])}
         for dim in forced:
             shaped = masks[dim].reshape([-1 if axis == dim else 1 for axis in range(result.dim())])
             result = torch.where(shaped, torch.zeros((), dtype=result.dtype), result)

@@ -14,6 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from kfe_fx.labels.registry import overloads, rule
+from kfe_fx.labels.states import RESIZE
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
 from kfe_fx.recurrent.op import CELLS, RECURRENT, Arguments
 
@@ -40,7 +41,7 @@ def layer(tracker: Tracker, node: fx.Node) -> list[Dims]:
     for state, units in ((call.h0, hidden), (call.c0, cells)):
         if state is not None:
             batch = tracker.unify(batch, tracker.dims(state)[0], node)
-            tracker.unify(units, tracker.dims(state)[1], node)
+            _join_state(tracker, node, units, tracker.dims(state)[1])
     if call.lengths is not None:
         batch = tracker.unify(batch, tracker.dims(call.lengths)[0], node)
     tracker.minted[node] = {"gate": hidden} | ({"cell_gate": cells} if call.weight_hr is not None else {})
@@ -77,6 +78,13 @@ def _blocks(tracker: Tracker, node: fx.Node, layers: Layers, gates: int, units: 
     return units or ()
 
 
+def _join_state(tracker: Tracker, node: fx.Node, units: Layers, state: Layers) -> None:
+    if units and not state:
+        tracker.freeze(units, node, f"has a state from outside ({RESIZE})")
+    else:
+        tracker.unify(units, state, node)
+
+
 _CELLS = {
     **dict.fromkeys(overloads(aten, "lstm_cell.default"), 4),
     **dict.fromkeys(overloads(aten, "gru_cell.default"), 3),
@@ -100,7 +108,7 @@ def cell(tracker: Tracker, node: fx.Node) -> Any:
         if state is not None:
             dims = tracker.dims(state)
             batch = tuple(tracker.unify(one, other, node) for one, other in zip(batch, dims[:-1], strict=True))
-            tracker.unify(units, dims[-1], node)
+            _join_state(tracker, node, units, dims[-1])
     output = (*batch, units)
     if cell_state is None:
         tracker.minted[node] = {len(output) - 1}

@@ -62,7 +62,8 @@ def mint_sites(tracker: Tracker, graph: fx.Graph) -> list[Mint]:
     mints = []
     for node in graph.nodes:
         value = tracker.values.get(node)
-        if node.op != "call_function" or node in tracker.static:
+        state = node.op == "placeholder" and node in tracker.minted
+        if (node.op != "call_function" and not state) or node in tracker.static:
             continue
         if isinstance(value, list):
             mints += _inside(tracker, node)
@@ -122,6 +123,8 @@ def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> 
     found = []
     for site in sites:
         node = nodes[site.node]
+        if node.op == "placeholder":
+            continue  # a state is gated where it is computed
         if site.argument is not None:
             plain = isinstance(examples.values[node], list) and examples.layout_of(examples.values[node][1]) == (
                 0,

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from kfe_fx.labels.states import RESIZE, States
 from kfe_fx.labels.unionfind import FROZEN, Reason, UnionFind
 from kfe_fx.program import Program
 
@@ -66,6 +67,8 @@ class Tracker:
         self.static = ByName()  # nodes that no input reaches: parameters and what is computed from them alone
         self.minted = ByName()  # contraction -> dims of its output that a parameter brings
         self.decisions: dict[str, str] = {}
+        self.states = States()  # of recurrent layers, among the inputs and outputs
+        self.resizes = False  # whether they may lose units
         self.statistics: dict[str, tuple[int, ...]] = {}
 
     # reading ---------------------------------------------------------------------------------------------------------
@@ -156,12 +159,25 @@ class Tracker:
         """Be told that a node has its labels."""
 
     def input(self, node: fx.Node) -> Dims:
-        """Return the labels of an input of the network: none, an input keeps its shape."""
-        return tuple(() for _ in getattr(self.fakes[node], "shape", ()))
+        """Return the labels of an input of the network: none, an input keeps its shape; states may not."""
+        shape: tuple[int, ...] = tuple(getattr(self.fakes[node], "shape", ()))
+        if self.resizes and str(node.target) in self.states.inputs and shape and shape[-1] > 1:
+            self.minted[node] = {len(shape) - 1}
+            others: Dims = ((),) * (len(shape) - 1)
+            return (*others, (self.classes.fresh(int(shape[-1])),))
+        return tuple(() for _ in shape)
 
     def output(self, node: fx.Node) -> None:
-        """Freeze what leaves the network: an output keeps its shape."""
-        self.freeze_all(node, "is an output of the network")
+        """Freeze what leaves the network: an output keeps its shape; states may not."""
+        leaves: Any = node.args[0]
+        states = {leaves[place] for place in self.states.outputs}
+        self.freeze_all(node, "is an output of the network", [arg for arg in node.all_input_nodes if arg not in states])
+        for state in states:
+            dims = self.dims(state)
+            for layers in dims[:-1]:
+                self.freeze(layers, node, "is an output of the network")
+            if not self.resizes:
+                self.freeze(dims[-1], node, f"is a state that leaves the network ({RESIZE})")
 
     def parameter(self, name: str, tensor: torch.Tensor) -> Dims:
         """Return (minting them at first sight) the labels of a parameter, buffer or constant."""
