@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.taps import untapped, users_of
 from kfe_fx.training.batches import Batches
 
@@ -40,6 +42,12 @@ class _Consumer:
     bias: str | None
     channel: int  # dim of the input that is contracted
     out: int  # dim of the output that is made
+    delayed: int | None = None  # the dim of the steps, where a recurrent weight reads the step before
+
+    @property
+    def key(self) -> str:
+        """The name of what it reads: a recurrent layer reads its input and its own steps."""
+        return self.node.name if self.delayed is None else f"{self.node.name}/steps"
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class FoldMeans(Pass):
     m_j · sum of the kernel; with zero padding the borders get less, and the mean over positions is the constant that is
     nearest to what is missing, not exact at each position. A consumer without a bias in front of a batch norm has its
     running mean lowered by the same; a consumer with neither, or whose weight is computed, is skipped and counted. A
-    bias that several contractions share takes the mean over them.
+    bias that several contractions share takes the mean over them. A recurrent layer consumes its input (``bias_ih``
+    takes what is missing) and its own last step (``bias_hh`` does; with the mean over the steps, the first of which
+    reads no step before).
 
     Attributes:
         analysis: of the Program before the removal (which it holds).
@@ -80,7 +90,7 @@ class FoldMeans(Pass):
         shifts: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
         skipped = [_where(node) for node in _other_consumers(self.analysis, found, removed)]
         for consumer in found:
-            if consumer.node.name not in self.means or not self._loses(consumer, removed):
+            if consumer.key not in self.means or not self._loses(consumer, removed):
                 continue
             target = _target(consumer)
             if target is None:
@@ -104,13 +114,14 @@ class FoldMeans(Pass):
         return self.analysis.kept(consumer.source.name, removed)[consumer.channel] is not None
 
     def _shift(self, consumer: _Consumer, removed: frozenset[int]) -> Tensor:
-        mean = self.means[consumer.node.name]  # [C, positions of a convolution...]
+        mean = self.means[consumer.key]  # [C, positions of a convolution...]
         kept = self.analysis.kept(consumer.source.name, removed)[consumer.channel]
         lost = mean.clone()
         lost[torch.from_numpy(np.asarray(kept))] = 0
         weight = self.analysis.program.tensor(consumer.weight).detach().double()
         sent = _apply(consumer, lost, weight)
-        out = self.analysis.kept(consumer.node.name, removed)[consumer.out]
+        rows = (consumer.weight, 0) if consumer.node.target is RECURRENT else (consumer.node.name, consumer.out)
+        out = self.analysis.kept(rows[0], removed)[rows[1]]
         return sent if out is None else sent[torch.from_numpy(out)]
 
 
@@ -120,6 +131,9 @@ def consumers(analysis: Analysis) -> list[_Consumer]:
     found = []
     for node in analysis.program.graphs["eval"].nodes:
         if node.op != "call_function" or node in tracker.static:
+            continue
+        if node.target is RECURRENT:
+            found += [each for each in _of_layer(node) if each.source not in tracker.static]
             continue
         consumer = _consumer(node, lambda arg: len(tracker.shape(arg)))
         if consumer is not None and consumer.source not in tracker.static:
@@ -171,6 +185,23 @@ def _consumer(node: fx.Node, rank: Any) -> _Consumer | None:
     return _Consumer(node, source, str(weight.target), name, channel, out)  # type: ignore[union-attr]
 
 
+def _of_layer(node: fx.Node) -> list[_Consumer]:
+    """Return how a plain recurrent layer consumes its input and its own steps."""
+    call = Arguments.of(node)
+    if call.normalised or call.lengths is not None:
+        return []  # a norm's running mean is estimated again; what is padding does not count
+    steps = next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None)
+    sides: list[tuple[Any, Any, Any, int | None]] = [(call.input, call.weight_ih, call.bias_ih, None)]
+    if steps is not None:
+        sides.append((steps, call.weight_hh, call.bias_hh, call.time_dim))
+    found = []
+    for source, weight, bias, delayed in sides:
+        if _reads(weight) and (bias is None or _reads(bias)):
+            name = None if bias is None else str(bias.target)
+            found.append(_Consumer(node, source, str(weight.target), name, 2, 2, delayed))
+    return found
+
+
 def _reads(arg: Any) -> bool:
     return isinstance(arg, fx.Node) and arg.op == "get_attr"
 
@@ -206,7 +237,7 @@ def _apply(consumer: _Consumer, lost: Tensor, weight: Tensor) -> Tensor:
         options = {key: value for key, value in node.kwargs.items() if key != "bias"}
         sent = node.target(lost.unsqueeze(0), weight, None, *rest, **options)  # type: ignore[operator]
         return sent[0].flatten(1).mean(1)
-    return lost @ (weight.t() if node.target is aten.linear.default else weight)
+    return lost @ (weight.t() if node.target in (aten.linear.default, RECURRENT) else weight)
 
 
 class _Measure(fx.Interpreter):
@@ -214,18 +245,24 @@ class _Measure(fx.Interpreter):
 
     def __init__(self, program: Program, found: list[_Consumer]) -> None:
         super().__init__(program.module(), graph=program.graphs["eval"])
-        self.found = {consumer.node.name: consumer for consumer in found}
+        self.found: dict[str, list[_Consumer]] = defaultdict(list)
+        for consumer in found:
+            trigger = consumer.node if consumer.delayed is None else consumer.source
+            self.found[trigger.name].append(consumer)
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        consumer = self.found.get(n.name)
-        if consumer is not None:
-            self._see(n.name, consumer, self.env[consumer.source])
-        return super().run_node(n)
+        result = super().run_node(n)
+        for consumer in self.found.get(n.name, ()):
+            self._see(consumer.key, consumer, result if consumer.source is n else self.env[consumer.source])
+        return result
 
     def _see(self, name: str, consumer: _Consumer, value: Tensor) -> None:
         value = value.detach().double()
+        if consumer.delayed is not None:  # nobody reads the last step, and the first one reads zero
+            last = 0 if Arguments.of(consumer.node).reverse else value.shape[consumer.delayed] - 1
+            value = value.index_fill(consumer.delayed, torch.tensor([last]), 0.0)
         if consumer.node.target in _CONVS:
             value = value.flatten(0, consumer.channel - 1) if consumer.channel > 1 else value
             value = value if consumer.channel else value.unsqueeze(0)  # [examples, C, positions...]

@@ -178,3 +178,58 @@ def test_another_plan_and_no_data_are_refused():
     nothing = FoldMeans(analysis, Plan(), measure_means(analysis, (x, None))).run(small)
     assert not nothing.modified
     assert folded(analysis, plan, program, x).program is not program
+
+
+class Sequences(nn.Module):
+    """A producer whose first channels are constant, and a recurrent layer."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.producer, self.layer = nn.Linear(3, 8), layer
+        with torch.no_grad():
+            self.producer.weight[:CONSTANT] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.elu(self.producer(x)))[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_recurrent_layer_takes_constant_inputs_exactly(kind: type[nn.RNNBase], both: bool) -> None:
+    x = torch.randn(6, 5, 3).double()
+    program, analysis, plan, small = prepared(Sequences(kind(8, 4, batch_first=True, bidirectional=both)), x, [0, 2])
+    result = folded(analysis, plan, small, x)
+    assert result.facts == {"folded": 2 if both else 1, "skipped": 0, "skipped_at": []}
+    with torch.no_grad():
+        assert float((result.program(x) - program(x)).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_removed_hidden_unit_goes_into_the_recurrent_bias_on_the_average(reverse: bool) -> None:
+    torch.manual_seed(0)
+
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.RNN(3, 4, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0])
+
+    net = Read().double()
+    suffix = "_l0_reverse" if reverse else "_l0"
+    weights = {name: getattr(net.layer, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    with torch.no_grad():  # unit 1 is tanh(0.7) at every step
+        weights["weight_ih"][1], weights["weight_hh"][1] = 0.0, 0.0
+        weights["bias_ih"][1], weights["bias_hh"][1] = 0.7, 0.0
+    program = capture(net.eval(), torch.randn(2, 5, 3).double())
+    analysis = analyze(program)
+    unit = int(analysis.params[f"layer.weight_hh{suffix}"][1][0][1])
+    plan = Plan.of_units(analysis, {unit})
+    small = Shrink(plan).run(program).program
+    result = folded(analysis, plan, small, torch.randn(6, 5, 3).double())
+    mean = torch.tanh(torch.tensor(0.7, dtype=torch.float64)) * 4 / 5  # the first of five steps reads zero
+    kept = [0, 2, 3]
+    expected = weights["bias_hh"][kept] + weights["weight_hh"][kept, 1] * mean
+    assert float((result.program.tensor(f"layer.bias_hh{suffix}") - expected).detach().abs().max()) <= 1e-12
