@@ -107,6 +107,9 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     output.show_table(rows, columns, numbers=range(len(columns)))
     if best is not None:
         click.echo(f"\nkept: epoch {best}, {name} {judged[best - 1]:.4f}")
+    if lasso := facts["group_lasso"]:
+        near, units = lasso["near_zero"], lasso["units"]
+        click.echo(f"\nkept: the last epoch; group lasso {lasso['lambda']:g}: {near:,} of {units:,} units near zero")
     for note in told:
         click.echo(f"note: {note}")
     click.echo(f"wrote {output.short(job.target)}")
@@ -156,6 +159,13 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
 @click.option("--damping", type=options.Number(), help="Of ekfac and kfac: what is added to the curvature, relative.")
 @click.option("--refresh", type=options.COUNT, help="Of ekfac and kfac: steps between new bases.")
 @click.option("--rank", type=options.COUNT, help="Of ekfac and kfac: eigenvectors kept per factor. [default: all]")
+@click.option(
+    "--group-lasso",
+    type=options.Number(),
+    metavar="LAMBDA",
+    help="Drive whole removable units to zero: LAMBDA times the sum of their norms is added to what is minimised. Try "
+    "0.001.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
 @click.option(
     "-o",
@@ -187,9 +197,9 @@ def command(
 ) -> None:
     """Train a network, and write it as a program file.
 
-    The weights of the best epoch on held-out examples are written; MODEL is never touched. After every epoch
-    OUTPUT.checkpoint holds all that the next one depends on, and an interrupted run goes on with --resume to the
-    same weights, bit for bit. Under torchrun each process takes its share of every batch.
+    The weights of the best epoch on held-out examples are written (with --group-lasso those of the last); MODEL is
+    never touched. After every epoch OUTPUT.checkpoint holds all that the next one depends on, and an interrupted run
+    goes on with --resume to the same weights, bit for bit. Under torchrun each process takes its share of every batch.
 
     \b
     Examples:

@@ -2,6 +2,7 @@
 
 from kfe_fx.training.batches import Batch, Batches, Loader
 from kfe_fx.training.finetune import default_epochs, finetune
+from kfe_fx.training.group_lasso import GroupLasso
 from kfe_fx.training.losses import Loss, resolve_loss
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.optimizer_state import close_optimizer, make_optimizer, slice_optimizer
@@ -12,6 +13,7 @@ from kfe_fx.training.train import train
 __all__ = [
     "Batch",
     "Batches",
+    "GroupLasso",
     "Loader",
     "Loss",
     "Metric",

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,11 +81,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Judge:
-    """Examples held out and the metric that the best state is known by."""
+    """Examples held out and the metric that the best state is known by; unless it ``chooses``, it only measures."""
 
     metric: Metric
     data: Any
     batch_size: int
+    chooses: bool = True
 
     def value(self, program: Program, group: Group) -> float:
         """Return the metric of a Program; rank 0 measures for all."""
@@ -96,10 +97,19 @@ class Judge:
         return float(found)
 
 
+class Penalty(Protocol):
+    """What is minimised beside the loss: a function of the parameters alone."""
+
+    def add_gradients(self) -> None:
+        """Add its gradient to ``p.grad`` of every parameter in it."""
+        ...
+
+
 class Trainer:
     """One run: the optimiser, its schedule, and what was seen.
 
-    In a process group each rank works on its share of every batch; gradients are those of the whole batch.
+    In a process group each rank works on its share of every batch; gradients are those of the whole batch. A penalty
+    comes on top of these, once: every rank has the same parameters, so every rank adds the same.
     """
 
     def __init__(
@@ -111,8 +121,12 @@ class Trainer:
         schedule: str,
         progress: Progress | None,
         group: Group | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
-        """Take ``total`` steps with an optimiser; ``schedule`` is "cosine" (down to zero) or "constant"."""
+        """Take ``total`` steps with an optimiser; ``schedule`` is "cosine" (down to zero) or "constant".
+
+        ``penalty`` is in the gradient that the optimiser gets, before it clips; losses are told without it.
+        """
         self.program = program
         self.loss = loss
         self.optimizer = optimizer
@@ -120,6 +134,7 @@ class Trainer:
         self.cosine = schedule == "cosine"
         self.progress = progress
         self.group = group or Group()
+        self.penalty = penalty
         self.record = Record()
         self.stage = "fine-tuning"
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -147,6 +162,8 @@ class Trainer:
         if value is not None:
             value.backward()
         average_gradients(self.parameters, weight, self.group)
+        if self.penalty is not None:
+            self.penalty.add_gradients()
         self.optimizer.step()
         self.record.losses.append(number)
         if self.progress is not None:
@@ -186,13 +203,13 @@ def run_epochs(
     judge: Judge | None,
     after_epoch: Callable[[Trainer], None] | None = None,
 ) -> None:
-    """Take all steps that are left, judge each epoch, and end with the best state where there is a judge.
+    """Take all steps that are left, judge each epoch, and end with the best state where a judge chooses it.
 
     Args:
         trainer: the run; its record may be that of an earlier part.
         batches: the data; epoch e is shuffled by ``seed`` + e.
         seed: of the order.
-        judge: chooses the best epoch; without one the last state is kept.
+        judge: measures each epoch and chooses the best; without one the last state is kept.
         after_epoch: called when an epoch is over and its record complete.
 
     Raises:
@@ -215,7 +232,7 @@ def run_epochs(
         if judge is not None:
             value = judge.value(program, trainer.group)
             record.judged.append(value)
-            if math.isfinite(value) and judge.metric.better(value, record.best):
+            if judge.chooses and math.isfinite(value) and judge.metric.better(value, record.best):
                 record.best, record.kept = value, copy.deepcopy(program.state_dict())
         if after_epoch is not None:
             after_epoch(trainer)

@@ -15,6 +15,7 @@ from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
 from kfe_fx.training.checkpoint import Identity, cuda_devices, load_checkpoint, restore, save_checkpoint, seed_random
 from kfe_fx.training.fit import fit_examples
+from kfe_fx.training.group_lasso import GroupLasso
 from kfe_fx.training.loop import SCHEDULES, Judge, Progress, Trainer, facts_of, probe, run_epochs, steps_of
 from kfe_fx.training.losses import Loss, resolve_loss
 from kfe_fx.training.metrics import resolve_metric
@@ -41,6 +42,7 @@ def train(
     damping: float | None = None,
     refresh: int | None = None,
     rank: int | None = None,
+    group_lasso: float | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
@@ -70,6 +72,11 @@ def train(
         damping: of EKFAC and KFAC, see ``kfe_fx.optim``.
         refresh: steps between their bases.
         rank: eigenvectors per factor of theirs; all if not given.
+        group_lasso: lambda of a penalty that drives whole removable units to zero, see ``GroupLasso``; none if not
+            given, or 0. Its gradient is added to that of the loss, and the optimizer takes the sum for the gradient:
+            clips hold for the sum, and EKFAC and KFAC precondition the sum with the curvature of the loss alone. Losses
+            are told without it. The last weights are kept: those of the best epoch may be from before any unit was
+            near zero.
         checkpoint: a file that is written after every epoch.
         resume: go on from ``checkpoint``; the Program must be as it was when the run began.
         threads: number of threads; by default one or two, whichever is faster, and one for each of several processes.
@@ -77,8 +84,9 @@ def train(
 
     Returns:
         Facts: optimizer, loss, lr, seed, threads, processes, data, after which epoch it was resumed, steps, epochs,
-        first and last loss, the mean loss of each epoch, the metric, its value after each epoch, the best epoch, and
-        notes.
+        first and last loss, the mean loss of each epoch, the metric, its value after each epoch, the best epoch (None
+        where the last weights are kept), with group lasso what ``GroupLasso.facts`` says of the weights that are kept
+        (else None), and notes.
 
     Raises:
         UsageError: options that mean nothing, a checkpoint of another run, or the loss stopped being finite.
@@ -98,11 +106,12 @@ def train(
     if found is None or targets is None:
         raise BadData("training needs targets, and the data has none")
     total = steps_of(batches, epochs, steps)
-    judge = None if held is None else _judge(program, held, evaluate, batch_size)
+    judge = None if held is None else _judge(program, held, evaluate, batch_size, chooses=not group_lasso)
     document = load_checkpoint(place) if resume and place is not None else None
     share_tensors(program, group)
+    lasso = GroupLasso(program, group_lasso) if group_lasso else None
     live = make_optimizer(program, optimizer, lr, damping=damping, refresh=refresh, rank=rank)
-    trainer = Trainer(program, found, live, total, schedule, progress, group)
+    trainer = Trainer(program, found, live, total, schedule, progress, group, lasso)
     trainer.stage = "training"
     name = None if judge is None else judge.metric.name
     if place is None:
@@ -111,7 +120,7 @@ def train(
         identity = Identity.of(
             program, (batches.data, held), optimizer=optimizer, loss=found.name, steps=total, batch_size=batch_size,
             lr=trainer.rates[0], schedule=schedule, seed=seed, damping=damping, refresh=refresh, rank=rank,
-            metric=name, processes=group.size,
+            metric=name, processes=group.size, group_lasso=None if lasso is None else lasso.strength,
         )  # fmt: skip
     if threads is None:
         threads = 1 if group.size > 1 else None if document is None else int(document.get("threads", 1))
@@ -144,14 +153,15 @@ def train(
     facts: dict[str, Any] = {"optimizer": optimizer, "loss": found.name, "lr": trainer.rates[0], "seed": seed}
     facts |= {"threads": count, "processes": group.size, "data": told, "resumed": resumed}
     facts |= facts_of(record) | {"epoch_losses": record.epoch_losses, "metric": name, "judged": record.judged}
-    return facts | {"best_epoch": record.best_epoch(), "notes": _notes(program, live, group)}
+    facts |= {"best_epoch": record.best_epoch(), "group_lasso": None if lasso is None else lasso.facts()}
+    return facts | {"notes": [*_notes(program, live, group), *_empty_groups(facts["group_lasso"])]}
 
 
-def _judge(program: Program, held: Any, evaluate: Any, batch_size: int) -> Judge:
+def _judge(program: Program, held: Any, evaluate: Any, batch_size: int, *, chooses: bool) -> Judge:
     metric = resolve_metric(evaluate, Batches(program, held, batch_size).targets())
     if metric is None:
         raise BadData("the held-out examples have no targets to know the best epoch by; give targets, or an --eval")
-    return Judge(metric, held, batch_size)
+    return Judge(metric, held, batch_size, chooses)
 
 
 def _divided(program: Program, data: Any, val: Any, loss: Any, batch_size: int, seed: int) -> tuple[Batches, Any, str]:
@@ -197,6 +207,14 @@ def _notes(program: Program, optimizer: torch.optim.Optimizer, group: Group) -> 
     if group.size > 1 and _has_live_norms(program):
         notes.append("each process normalised its own share of a batch; rank 0's running statistics were kept")
     return notes
+
+
+def _empty_groups(facts: dict[str, Any] | None) -> list[str]:
+    empty = [group["name"] for group in (facts or {}).get("groups", ()) if group["near_zero"] == group["units"]]
+    if not empty:
+        return []
+    few = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+    return [f"every unit of {len(empty)} groups ({few}) is near zero: lower group lasso to keep some"]
 
 
 def _has_live_norms(program: Program) -> bool:

@@ -110,13 +110,25 @@ def test_what_is_shown(made: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_every_option_arrives(made: Path, capsys: pytest.CaptureFixture[str]):
     options = "--optimizer ekfac --steps 4 --lr 0.05 --batch-size 30 --schedule constant --loss cross-entropy "
-    options += "--eval accuracy --damping 0.2 --refresh 2 --rank 3 --seed 7 -o out.pt"
+    options += "--eval accuracy --damping 0.2 --refresh 2 --rank 3 --group-lasso 0.01 --seed 7 -o out.pt"
     loading = ("--arch", f"{made}/net.py:build", "--input", "input=float32[b,1,6,6]")
     data = ("--data", made / "data.npz", "--val", made / "data.npz")
     told = answer(capsys, "train", made / "weights.pt", *loading, *data, *options.split())
     assert (told["lr"], told["seed"], told["steps"], told["path"]) == (0.05, 7, 4, "out.pt")
     assert "(120) held out" in told["data"]
+    lasso = told["group_lasso"]
+    assert (lasso["lambda"], lasso["units"], lasso["excluded"]) == (0.01, 4, [])
+    assert lasso["groups"] == [{"name": "0", "units": 4, "near_zero": lasso["near_zero"]}]
     assert kfe_fx.load("out.pt").axes == {"input": {0: "b"}}
+
+
+def test_group_lasso_says_how_many_units_are_near_zero(made: Path, capsys: pytest.CaptureFixture[str]):
+    args = ["train", made / "model.pt", "--data", made / "data.npz", "--optimizer", "sgd", "--steps", "200"]
+    assert run([str(arg) for arg in [*args, "--lr", "0.05", "--group-lasso", "1"]]) == 0
+    out, _ = capsys.readouterr()
+    assert "kept: the last epoch; group lasso 1: 4 of 4 units near zero" in out
+    assert "note: every unit of 1 groups (0) is near zero: lower group lasso to keep some" in out
+    assert "number above zero" in fails(capsys, *args, "--force", "--group-lasso", "0", code=2)
 
 
 def test_the_command_and_the_function_have_the_same_options():
