@@ -8,7 +8,7 @@ steps). Cells: ``lstm``, ``input`` (the input's side normalised, Laurent et al. 
 cell state per channel, statistics of every step, Cooijmans et al. 2016). Each gets the same search, the same learning
 rates at one seed, and is then run with its best one at three seeds: RMSprop for glyphs as in the paper, Adam for
 characters, gradients clipped to norm 1, one thread, float32. After training the statistics are pooled and frozen
-(``finalise-recurrent``), fine-tuned frozen for some steps, and folded where algebra allows: the last columns tell what is
+(``finalise-recurrent``), fine-tuned frozen, and folded where algebra allows: the last columns say what is
 left. Runs that ``bn_lstm.json`` holds already are not run again, so a stopped benchmark goes on where it was.
 """
 

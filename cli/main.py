@@ -25,6 +25,7 @@ COMMANDS = {
     "capture": "turn a module into a program file",
     "train": "train a network, with curvature or without",
     "curvature": "show and measure second moments of its gradients",
+    "rewrite": "run passes on a network, such as batchnorm-recurrent",
     "demo": "prune a small trained network that comes along",
 }
 

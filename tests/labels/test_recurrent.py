@@ -17,6 +17,7 @@ from kfe_fx.gates import gated
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.states import find_states, free_states, narrow_input, widths
 from kfe_fx.passes.apply import apply
+from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent
 from kfe_fx.passes.proof import masked_error
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
@@ -137,6 +138,35 @@ def test_shrunk_is_the_source_with_silent_units(
     x = torch.randn(3, 8, 3).double()
     with torch.no_grad():  # an oracle that uses nothing of kfe-fx but the list of rows
         assert float((zeroed(net, analysis, removed)(x) - small(x)).abs().max()) <= 1e-12
+
+
+NORMS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {"mode": "input", "statistics": "step"}) for kind in sorted(LAYERS)),
+    *((kind, {"mode": "full"}) for kind in sorted(LAYERS)),
+    ("lstm", {"mode": "full", "cell_norm": "channel"}),
+    ("lstm", {"mode": "full", "cell_norm": "scalar", "statistics": "shared"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), NORMS)
+def test_batch_normalised_layers_lose_every_row_of_their_statistics(kind: str, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    program = capture(net_of(kind, "mean", num_layers=2, bidirectional=True), draw(2, 5, 3))
+    normal = BatchnormRecurrent(data=(draw(20, 7, 3), None), **options).run(program).program.train()
+    optimizer = torch.optim.SGD(normal.module().parameters(), 0.05)
+    for _ in range(3):  # rows of their own
+        optimizer.zero_grad()
+        normal(draw(12, 7, 3)).square().mean().backward()
+        optimizer.step()
+    analysis = analyze(normal.eval())
+    removed = some(analysis)
+    small = Shrink(Plan.of_units(analysis, removed)).run(normal).program
+    error, _ = masked_error(analysis, small, removed, 0)
+    assert error <= 1e-12
+    mean = small.tensor("layer.running_mean_ih_l0")
+    assert mean.shape == (len(normal.tensor("layer.running_mean_ih_l0")), len(small.tensor("layer.weight_ih_l0")))
+    small.train()(draw(12, 9, 3)).sum().backward()  # it still trains
 
 
 @pytest.mark.parametrize(("kind", "options"), [("lstm", {}), ("lstm", {"proj_size": 3}), ("gru", {}), ("rnn", {})])
