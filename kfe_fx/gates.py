@@ -20,7 +20,7 @@ from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.sites import GateSite
 from kfe_fx.program import Program, ProgramModule, copy_graph
-from kfe_fx.recurrent.op import RECURRENT
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.structure import pack
 
 PREFIX = "kfe_gate_"
@@ -102,6 +102,12 @@ def insert(graph: fx.Graph, analysis: Analysis) -> list[str]:
             missing.append(site.node)
         elif site.argument is not None:
             _gate_inside(graph, node, site, analysis, gates)
+            state = Arguments.of(node).h0 if site.argument == "gate" else None
+            if isinstance(state, fx.Node) and state in analysis.trackers["eval"].static:  # learned: not gated elsewhere
+                with graph.inserting_before(node):
+                    gated_state = graph.call_function(GATE, (state, *_arguments(site, analysis, gates)))
+                gated_state.meta = dict(node.meta)
+                _set_argument(node, "h0", gated_state, state)
         else:
             _gate_node(graph, node, site, analysis, gates)
     graph.lint()
@@ -160,8 +166,9 @@ def strip(graph: fx.Graph, inputs: tuple[str, ...]) -> int:
                 frontier += arg.all_input_nodes
         for user in [user for user in node.users if user.target is RECURRENT]:
             for name in ("gate", "cell_gate"):
-                _set_argument(user, name, None, node)
-            feeding.add(source)  # type: ignore[arg-type]
+                if getattr(Arguments.of(user), name) is node:
+                    _set_argument(user, name, None, node)
+                    feeding.add(source)  # type: ignore[arg-type]  # the ones that it was written in
         node.replace_all_uses_with(source)  # type: ignore[arg-type]
         graph.erase_node(node)
     for node in reversed(list(graph.nodes)):

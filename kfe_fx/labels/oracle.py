@@ -73,8 +73,11 @@ class _Masked(fx.Interpreter):
         dtype = next(value.dtype for value in given.values() if isinstance(value, torch.Tensor))
         for site in self.inside[n.name]:
             gone = torch.from_numpy(self.gone[site.units])
-            if gone.any():
-                given[str(site.argument)] = (~gone).to(dtype).unsqueeze(0)
+            if not gone.any():
+                continue
+            given[str(site.argument)] = stays = (~gone).to(dtype).unsqueeze(0)
+            if site.argument == "gate" and n.args[1] in self.tracker.static:  # a learned h0 is nowhere else masked
+                given["h0"] = given["h0"] * stays
         return n.target(**given)  # type: ignore[operator]
 
     def _masks(self, value: Any, shape: torch.Size) -> dict[int, torch.Tensor]:

@@ -188,6 +188,40 @@ def test_gates_act_inside_the_recurrence_for_each_example(kind: str, options: di
             assert abs((ends[0] - ends[1]) / 2e-5 - found[group][example, unit].item()) <= 1e-8
 
 
+def test_learned_first_states_lose_their_entries_and_are_masked_and_gated_too() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(3, 6, num_layers=2, batch_first=True)
+            self.h0, self.c0 = nn.Parameter(torch.randn(2, 1, 6)), nn.Parameter(torch.randn(2, 1, 6))
+            self.after = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = self.h0.expand(-1, x.shape[0], -1).contiguous(), self.c0.repeat(1, x.shape[0], 1)
+            return self.after(self.layer(x, states)[0][:, -1])
+
+    torch.manual_seed(0)
+    net = Learned().double().eval()
+    program = capture(net, torch.randn(2, 5, 3).double())
+    analysis = analyze(program)
+    removed = some(analysis)
+    small = Shrink(Plan.of_units(analysis, removed)).run(program).program
+    assert small.tensor("h0").shape[-1] == 6 - len(removed)
+    error, _ = masked_error(analysis, small, removed, 0)
+    assert error <= 1e-12
+    x = torch.randn(3, 7, 3).double()
+    silent = zeroed(net, analysis, removed)
+    with torch.no_grad():
+        for unit in removed:
+            for name in ("h0", "c0"):
+                silent.get_parameter(name)[..., analysis.units[unit].slices[name][2]] = 0.0
+        assert float((silent(x) - small(x)).abs().max()) <= 1e-12
+        network = gated(program, analysis)
+        gates = [torch.ones(1, 6, dtype=torch.float64)]
+        gates[0][0, [network.units[0].index(unit) for unit in removed]] = 0.0
+        assert float((network.run([x], gates) - small(x)).abs().max()) <= 1e-12
+
+
 class Streaming(nn.Module):
     """A layer whose states come in and go out."""
 
