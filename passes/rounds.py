@@ -336,7 +336,10 @@ class Rounds:
         certificate = self.certificate
         certificate.after = self._counts(self.removed)
         if self.settings.resize_state:
-            certificate.measured["states"] = widths(self.small)
+            certificate.measured["states"] = states = widths(self.small)
+            certificate.notes += [
+                f"the state {name} is {len(held['kept'])} wide, {held['width']} before" for name, held in states.items()
+            ]
         certificate.data |= self.scoring
         if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
