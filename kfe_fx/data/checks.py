@@ -13,6 +13,7 @@ from kfe_fx.data.dataset import ArrayData, Inputs, kind, shape
 from kfe_fx.errors import BadData
 
 IGNORED = -100  # torch's cross_entropy leaves this label out
+SIDES = range(8, 65)  # in which images are drawn to fit, pixels: the letters of glyphs are 64
 
 
 def check_finite(data: ArrayData) -> ArrayData:
@@ -80,7 +81,8 @@ def validate_against(
     """Check that a network reads these inputs, and cast what may be cast without changing its meaning.
 
     Floating-point types are cast to the one that the network reads, integers likewise; integers are never
-    made floating-point values, because only the user knows how they were scaled in training.
+    made floating-point values, because only the user knows how they were scaled in training. Images that are drawn
+    on the spot are drawn as large as the network reads them.
 
     Args:
         data: the examples.
@@ -105,6 +107,7 @@ def validate_against(
             unknown = next(key for key in by_name if key not in labels)
             raise BadData(f"{data.name}: the network has no input {unknown!r}; name the arrays {', '.join(labels)}")
         by_name = {labels[tensors[0][0]]: next(iter(by_name.values()))}
+    data = _drawn_to_fit(data, [example for _, example in tensors])
     given = len(data.named_inputs())
     if given != len(tensors):
         raise BadData(f"{data.name}: holds {given} input arrays, the network reads {len(tensors)}: {', '.join(labels)}")
@@ -119,6 +122,15 @@ def validate_against(
         cast[key] = _cast(data.name, key, tensor, example)
     inputs: Inputs = cast if by_name is not None else tuple(cast.values())
     return replace(data, inputs=inputs)
+
+
+def _drawn_to_fit(data: ArrayData, examples: list[Tensor]) -> ArrayData:
+    if data.redraw is None or len(examples) != 1 or examples[0].ndim != 4:
+        return data
+    side = examples[0].shape[3]  # the width: a network of free height may have been captured with another one
+    if side not in SIDES or side == data.named_inputs()[0][1].shape[-1]:
+        return data
+    return data.redraw(side)
 
 
 def _flat_examples(example_inputs: Any) -> list[tuple[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from kfe_fx.errors import BadData, UsageError
 
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]
+Redraw = Callable[[int], "ArrayData"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class ArrayData:
         targets: class indices [N] (int64) or values to regress on (float32); None where there are none.
         name: where the examples come from, for messages.
         classes: names of the classes in the order of their indices, where they are known.
+        redraw: draws the same examples as images of another side, in pixels; None where they are not drawn.
 
     Raises:
         BadData: there are no inputs, no examples, or the lengths differ.
@@ -31,6 +34,7 @@ class ArrayData:
     targets: Tensor | None = None
     name: str = "data"
     classes: tuple[str, ...] = ()
+    redraw: Redraw | None = None
 
     def __post_init__(self) -> None:
         arrays = dict(self.named_inputs())
@@ -73,7 +77,9 @@ class ArrayData:
             BadData: no example is chosen.
         """
         targets = None if self.targets is None else self.targets[indices]
-        return replace(self, inputs=_index(self.inputs, indices), targets=targets, name=name or self.name)
+        name = name or self.name
+        redraw = None if self.redraw is None else partial(_taken, self.redraw, indices, name)
+        return replace(self, inputs=_index(self.inputs, indices), targets=targets, name=name, redraw=redraw)
 
     def first(self, count: int) -> ArrayData:
         """Return the first `count` examples, or all where there are fewer.
@@ -168,6 +174,10 @@ def _index(inputs: Inputs, rows: Tensor | slice) -> Inputs:
     if isinstance(inputs, dict):
         return {key: tensor[rows] for key, tensor in inputs.items()}
     return tuple(tensor[rows] for tensor in inputs)
+
+
+def _taken(redraw: Redraw, indices: Tensor | slice, name: str, side: int) -> ArrayData:
+    return redraw(side).take(indices, name)
 
 
 def _permutation(total: int, seed: int) -> Tensor:

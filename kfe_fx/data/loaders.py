@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kfe_fx.data import source_text
 from kfe_fx.data.checks import check_finite, check_targets, validate_against
-from kfe_fx.data.dataset import ArrayData, Inputs
+from kfe_fx.data.dataset import ArrayData, Inputs, Redraw
 from kfe_fx.data.factory import load_factory
 from kfe_fx.data.glyphs import CLASSES, glyphs, held_out
 from kfe_fx.data.images import load_images
 from kfe_fx.data.npz import load_npz
 from kfe_fx.errors import BadData, MissingDependency
 
-GLYPHS = 10_000  # where `glyphs` comes without a count
+DRAWN = 10_000  # where glyphs, chars or tags come without a count
 
 
 def load_data(
@@ -37,10 +39,14 @@ def load_data(
     | `file.py:function` | what it returns: (inputs, targets), a Dataset, a DataLoader, batches; runs its code |
     | `glyphs:N`, `glyphs:N:SEED` | N drawn characters [1, 32, 32] in 36 classes, seed 0 unless told |
     | `glyphs:held-out`, `glyphs:held-out:N` | the characters that accuracy is measured on |
+    | `chars:N`, `chars:N:SEED` | N windows [100] of Python source, 98 characters; targets are those one further on |
+    | `tags:N`, `tags:N:SEED` | the same windows; targets are 8 kinds of token, one per character |
+    | `chars:held-out:N`, `tags:held-out:N` | windows of files that no training window is cut from |
     | `digits` | scikit-learn's 1,797 handwritten digits [1, 8, 8] in 10 classes, 0 to 1 |
 
     Bytes are not scaled by guess. `spec?scale=255` divides by 255 in float32; `spec?scale=255&mean=0.5&std=0.2` also
-    standardises, (x / scale - mean) / std; three values after = are one per channel.
+    standardises, (x / scale - mean) / std; three values after = are one per channel. Glyphs are drawn as large as the
+    network reads them.
 
     Args:
         spec: what to load.
@@ -70,6 +76,8 @@ def load_data(
 def _load(text: str, limit: int | None) -> ArrayData:
     if text == "glyphs" or text.startswith("glyphs:"):
         return _glyphs(text, limit)
+    if text.startswith(("chars:", "tags:")):
+        return _source(text, limit)
     if text == "digits":
         return _digits()
     path = Path(text)
@@ -80,17 +88,41 @@ def _load(text: str, limit: int | None) -> ArrayData:
     return load_npz(path)
 
 
-def _glyphs(text: str, limit: int | None) -> ArrayData:
-    words = text.split(":")[1:]
+def _glyphs(text: str, limit: int | None, side: int = 32) -> ArrayData:
+    count, seed = _asked(text, limit)
+    images, labels = held_out(count, side) if seed is None else glyphs(count, seed, side)
+    return ArrayData(
+        (torch.from_numpy(images),),
+        torch.from_numpy(labels),
+        name=text,
+        classes=tuple(CLASSES),
+        redraw=partial(_glyphs, text, limit),
+    )
+
+
+def _source(text: str, limit: int | None) -> ArrayData:
+    count, seed = _asked(text, limit)
+    if text.startswith("chars:"):
+        classes, drawn, apart = source_text.VOCABULARY, source_text.chars, source_text.held_out_chars
+    else:
+        classes, drawn, apart = source_text.TAGS, source_text.tags, source_text.held_out_tags
+    inputs, targets = apart(count) if seed is None else drawn(count, seed)
+    return ArrayData((torch.from_numpy(inputs),), torch.from_numpy(targets), name=text, classes=classes)
+
+
+def _asked(text: str, limit: int | None) -> tuple[int, int | None]:
+    """Read NAME:COUNT, NAME:COUNT:SEED or NAME:held-out:COUNT; the seed of held-out examples is None."""
+    name, *words = text.split(":")
     held = words[:1] == ["held-out"]
     numbers = words[held:]
     if len(numbers) > 2 - held or not all(word.isascii() and word.isdigit() for word in numbers):
-        raise BadData(f"{text!r} is not glyphs:COUNT, glyphs:COUNT:SEED or glyphs:held-out:COUNT; try glyphs:20000")
-    count = int(numbers[0]) if numbers else GLYPHS
+        raise BadData(f"{text!r} is not {name}:COUNT, {name}:COUNT:SEED or {name}:held-out:COUNT; try {name}:20000")
+    count = int(numbers[0]) if numbers else DRAWN
     if limit is not None:
         count = min(count, limit)  # a longer set begins with the shorter one
-    images, labels = held_out(count) if held else glyphs(count, int(numbers[1]) if len(numbers) > 1 else 0)
-    return ArrayData((torch.from_numpy(images),), torch.from_numpy(labels), name=text, classes=tuple(CLASSES))
+    if held:
+        return count, None
+    return count, int(numbers[1]) if len(numbers) > 1 else 0
 
 
 def _digits() -> ArrayData:
@@ -117,7 +149,11 @@ class _Scaling:
             return data
         scaled = {key: self._one(data.name, key, tensor) for key, tensor in data.named_inputs()}
         inputs: Inputs = scaled if isinstance(data.inputs, dict) else tuple(scaled.values())
-        return replace(data, inputs=inputs)
+        redraw = None if data.redraw is None else partial(self._redrawn, data.redraw)
+        return replace(data, inputs=inputs, redraw=redraw)
+
+    def _redrawn(self, redraw: Redraw, side: int) -> ArrayData:
+        return self.apply(redraw(side))
 
     def _one(self, name: str, key: str, tensor: Tensor) -> Tensor:
         tensor = tensor.float() / (self.scale or 1.0)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kfe_fx.data import ArrayData, load_data
+from kfe_fx.data import ArrayData, load_data, source_text, validate_against
 from kfe_fx.data.factory import from_python
 from kfe_fx.data.glyphs import CLASSES, glyphs, held_out
 from kfe_fx.errors import BadData, MissingDependency
@@ -41,6 +41,55 @@ class TestBuiltIn:
 
     def test_held_out(self):
         assert np.array_equal(only(load_data("glyphs:held-out:12")).numpy(), held_out(12)[0])
+
+    def test_glyphs_are_drawn_as_large_as_they_are_read(self):
+        images, labels = glyphs(12, 3, size=28)
+        rows = torch.zeros(2, 1, 40, 28)  # captured with 40 rows, and reads as many as there are
+        with pytest.raises(BadData, match=r"\[N,1,28,28\], the network reads \[N,1,40,28\]"):
+            load_data("glyphs:12:3", rows)
+        data = validate_against(load_data("glyphs:12:3"), rows, ["x"], {"x": {0: "batch", 2: "length"}})
+        assert np.array_equal(only(data).numpy(), images)
+        assert data.targets is not None
+        assert data.targets.tolist() == labels.tolist()
+        square = torch.zeros(1, 1, 28, 28)
+        assert np.array_equal(only(load_data("glyphs:held-out:40", square, limit=9)).numpy(), held_out(9, 28)[0])
+        # chosen and scaled examples stay so
+        training, _ = load_data("glyphs:12:3?mean=2&std=4").split(0.5)
+        drawn = only(validate_against(training, square))
+        kept = validate_against(load_data("glyphs:12:3").split(0.5)[0], square)
+        assert kept.name == training.name.replace("?mean=2&std=4", "")
+        torch.testing.assert_close(drawn, (only(kept) - 2.0) / 4.0, rtol=0, atol=1e-6)
+        assert only(kept).shape == (6, 1, 28, 28)
+
+    @pytest.mark.parametrize("example", [torch.zeros(1, 1, 224, 224), torch.zeros(1, 3, 28, 28), torch.zeros(1, 784)])
+    def test_what_glyphs_cannot_become(self, example: torch.Tensor):
+        with pytest.raises(BadData, match=r"inputs is \[N,1,\d+,\d+\], the network reads"):
+            load_data("glyphs:3", example)
+
+    def test_digits_stay_as_they_are(self):
+        with pytest.raises(BadData, match=r"inputs is \[N,1,8,8\], the network reads"):
+            load_data("digits", torch.zeros(1, 1, 28, 28))
+
+    def test_source_text(self):
+        data = load_data("chars:30:7", torch.zeros(1, 100, dtype=torch.int32), classes=98)
+        assert data.targets is not None
+        windows, following = source_text.chars(30, 7)
+        assert np.array_equal(only(data).numpy(), windows)
+        assert only(data).dtype == torch.int32
+        assert np.array_equal(data.targets.numpy(), following)
+        assert data.classes == source_text.VOCABULARY
+        assert np.array_equal(only(load_data("chars:20000", limit=10)).numpy(), source_text.chars(10, 0)[0])
+        held = load_data("chars:held-out:12")
+        assert np.array_equal(only(held).numpy(), source_text.held_out_chars(12)[0])
+        tagged = load_data("tags:held-out:12", classes=8)
+        assert torch.equal(only(tagged), only(held))
+        assert tagged.targets is not None
+        assert np.array_equal(tagged.targets.numpy(), source_text.held_out_tags(12)[1])
+        assert tagged.classes == source_text.TAGS
+
+    @pytest.mark.parametrize("spec", ["chars:", "chars:many", "tags:5:1:1", "tags:held-out:5:1"])
+    def test_misspelt_source_text(self, spec: str):
+        refused(spec, "is not (chars|tags):COUNT.*; try (chars|tags):20000")
 
     def test_digits(self):
         data = load_data("digits", torch.zeros(1, 1, 8, 8), classes=10)
