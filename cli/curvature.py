@@ -102,10 +102,11 @@ def show_measured(facts: dict[str, Any]) -> None:
 )
 @click.option(
     "--sharing",
-    type=click.Choice(["expand", "reduce"]),
+    type=click.Choice(["expand", "reduce", "rnn1", "rnn2"]),
     default="expand",
     show_default=True,
-    help="How factors count the positions of an example that share weights.",
+    help="How factors count the positions of an example that share weights. rnn1, rnn2: expand, and how the steps of "
+    "recurrent layers are correlated.",
 )
 @click.option(
     "--statistics",

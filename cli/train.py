@@ -121,8 +121,8 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     "--data",
     required=True,
     metavar="DATA",
-    help="Examples with targets: an .npz with arrays x and y, a folder of images, file.py:factory, glyphs:COUNT or "
-    "digits, as for prune.",
+    help="Examples with targets: an .npz with arrays x and y, a folder of images, file.py:factory, glyphs:COUNT, "
+    "chars:COUNT, tags:COUNT or digits, as for prune.",
 )
 @click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded fifth of --data is held out.")
 @click.option(

@@ -41,7 +41,10 @@ def load_npz(path: Path) -> ArrayData:
         BadData: the file is missing, damaged, no .npz, larger than memory, or its arrays are not numbers.
     """
     if not path.exists():
-        raise BadData(f"{path}: no such file; give an .npz, a folder of images, file.py:factory, glyphs:N or digits")
+        raise BadData(
+            f"{path}: no such file; give an .npz, a folder of images, file.py:factory, glyphs:N, chars:N, tags:N or "
+            "digits"
+        )
     if not stat.S_ISREG(path.stat().st_mode):
         raise BadData(f"{path}: not a regular file; give an .npz file")
     if not zipfile.is_zipfile(path):
