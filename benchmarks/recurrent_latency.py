@@ -33,7 +33,7 @@ from kfe_fx.runtime.session import make_session
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "glyph_rows.pt"
 STEPS, INPUTS = 28, 28
-TRAINING, HELD = 20_000, 10_000
+TRAINING, HELD = 60_000, 10_000
 SECONDS = 20.0
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["forms", "prune"])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of measuring, per width")
-    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning in all")
+    parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning in all")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from kfe_fx.frontend.load import load_program as load
     from kfe_fx.labels.analysis import analyze as analyze
     from kfe_fx.passes.apply import apply as apply
+    from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent as BatchnormRecurrent
+    from kfe_fx.passes.finalise_recurrent import FinaliseRecurrent as FinaliseRecurrent
+    from kfe_fx.passes.fold_recurrent_batchnorm import FoldRecurrentBatchnorm as FoldRecurrentBatchnorm
     from kfe_fx.passes.prune import PruneResult as PruneResult
     from kfe_fx.passes.prune import prune as prune
     from kfe_fx.plan import Plan as Plan
@@ -49,6 +52,9 @@ __version__ = "0.1.0"
 
 # public name -> "module:attribute"
 _LAZY = {
+    "BatchnormRecurrent": "kfe_fx.passes.batchnorm_recurrent:BatchnormRecurrent",
+    "FinaliseRecurrent": "kfe_fx.passes.finalise_recurrent:FinaliseRecurrent",
+    "FoldRecurrentBatchnorm": "kfe_fx.passes.fold_recurrent_batchnorm:FoldRecurrentBatchnorm",
     "Plan": "kfe_fx.plan:Plan",
     "Program": "kfe_fx.program:Program",
     "PruneResult": "kfe_fx.passes.prune:PruneResult",
@@ -66,6 +72,9 @@ _LAZY = {
 __all__ = [
     "BadData",
     "BadFile",
+    "BatchnormRecurrent",
+    "FinaliseRecurrent",
+    "FoldRecurrentBatchnorm",
     "InfeasibleBudget",
     "KfeError",
     "MissingDependency",

@@ -136,7 +136,7 @@ def _build(name: str, text: str, data: Any) -> Pass:
 def _value(name: str, key: str, text: str, hint: Any) -> Any:
     kinds = _kinds(hint)
     value: Any
-    if text.lower() in _WORDS:
+    if text.lower() in _WORDS and type(_WORDS[text.lower()]) in kinds:
         value = _WORDS[text.lower()]
     else:
         try:

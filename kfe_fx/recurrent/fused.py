@@ -41,7 +41,7 @@ def run_fused(
         output = found[0]
     else:
         alive = [count for count in order.alive if count]
-        packed = torch.cat([value[step, :count] for step, count in enumerate(alive)])
+        packed = torch.cat(order.by_step(value))
         sizes = torch.tensor(alive)
         found = kernel(packed, sizes, hidden, *rest)
         output, _ = pad_packed_sequence(PackedSequence(found[0], sizes), total_length=len(value))

@@ -5,7 +5,7 @@ It stands in graphs as one node that reads its weights by name, and computes wit
 stack of layers one node a layer and direction, so that each may have a width of its own.
 
 torch.export would fix the length of the sequence to that of the example. While it traces, the twin operation
-``kfe_fx.recurrent_opaque`` stands for this one: the same arguments, and shapes that keep batch and length symbolic.
+``kfe_fx.recurrent_layer`` stands for this one: the same arguments, and shapes that keep batch and length symbolic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ARGUMENTS = """(
 
 _LIBRARY = torch.library.Library("kfe_fx", "FRAGMENT")
 _LIBRARY.define("recurrent" + _ARGUMENTS)
-_LIBRARY.define("recurrent_opaque" + _ARGUMENTS)
+_LIBRARY.define("recurrent_layer" + _ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Arguments:
         var_ih: [rows, g H], biased.
         gamma_hh: as ``gamma_ih`` for ``weight_hh h_{t-1}``, shifted by ``bias_hh``; with it ``mean_hh``, ``var_hh``.
         gamma_c: [H], or [1] for one scale of all: batch normalisation of c_t on its way out; ``beta_c`` is None where
-            there is one scale, which does not centre. With them ``mean_c``, ``var_c``, [rows, H or 1].
-        seen: [rows], how many batches each row of the statistics has seen.
+            there is one scale, which does not centre. With them ``mean_c`` (None there too) and ``var_c``, [rows, H or
+            1].
+        seen: [rows], how many batches each row of the statistics has seen: a step that some sequences do not reach
+            counts as the share that do.
         cell: a key of ``CELLS``.
         reverse: run from the last step to the first.
         batch_first: see ``input``.
@@ -147,7 +149,7 @@ def recurrent(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _LIBRARY.impl("recurrent", recurrent, "CompositeImplicitAutograd")
 RECURRENT = torch.ops.kfe_fx.recurrent.default
-OPAQUE = torch.ops.kfe_fx.recurrent_opaque.default
+OPAQUE = torch.ops.kfe_fx.recurrent_layer.default
 
 
 def _opaque(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,9 +173,9 @@ def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, value.new_empty((batch, width)), c_n
 
 
-_LIBRARY.impl("recurrent_opaque", _opaque, "CPU")
-_LIBRARY.impl("recurrent_opaque", _opaque, "CUDA")
-torch.library.register_fake("kfe_fx::recurrent_opaque", _shapes, lib=_LIBRARY)
+_LIBRARY.impl("recurrent_layer", _opaque, "CPU")
+_LIBRARY.impl("recurrent_layer", _opaque, "CUDA")
+torch.library.register_fake("kfe_fx::recurrent_layer", _shapes, lib=_LIBRARY)
 
 
 def to_opaque(graph: fx.Graph) -> int:

@@ -8,22 +8,36 @@ from torch import Tensor
 from kfe_fx.errors import UsageError
 from kfe_fx.recurrent.fused import run_fused
 from kfe_fx.recurrent.loop import run_loop
+from kfe_fx.recurrent.norms import SIDES, MakeNorms, folded
 from kfe_fx.recurrent.op import CELLS, Arguments
 from kfe_fx.recurrent.sequences import arrange
 
 
-def run(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the operation; see ``kfe_fx.recurrent.op.recurrent``."""
+def run(call: Arguments, norms: MakeNorms | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the operation; see ``kfe_fx.recurrent.op.recurrent``.
+
+    Args:
+        call: what it takes.
+        norms: makes what is done to the products instead of what ``call`` says, for who measures; running statistics
+            then stay as they are.
+    """
     check(call)
+    if norms is None and not call.training:
+        call = folded(call)
     value = call.input.transpose(0, 1) if call.batch_first else call.input
     value, order = arrange(value, call.lengths, reverse=call.reverse)
     h0, c0 = (order.rows(state) for state in initial(call, value))
     assert h0 is not None
-    if call.normalised or call.gate is not None or call.cell_gate is not None:
-        output, h_n, c_n = run_loop(call, value, order, (h0, c0), None)
+    weights = [call.weight_ih, call.weight_hh, *biases(call), *([] if call.weight_hr is None else [call.weight_hr])]
+    held = [one for one in (value, h0, c0, *weights) if one is not None]
+    training = torch.is_grad_enabled() and any(one.requires_grad for one in held)
+    # On a CPU the kernel of packed sequences keeps a whole batch for each step of the backward pass: at 256 steps it
+    # takes four times as long as the loop.
+    padded = training and order.alive is not None and value.device.type == "cpu"
+    gated = call.gate is not None or call.cell_gate is not None
+    if norms is not None or call.normalised or gated or padded:
+        output, h_n, c_n = run_loop(call, value, order, (h0, c0), norms)
     else:
-        weights = [call.weight_ih, call.weight_hh, *biases(call), *([] if call.weight_hr is None else [call.weight_hr])]
-        training = torch.is_grad_enabled() and any(one.requires_grad for one in (value, *weights))
         output, h_n, c_n = run_fused(call.cell, value, order, (h0, c0), weights, training=training)
     output = order.steps_back(output)
     if call.batch_first:
@@ -70,3 +84,24 @@ def check(call: Arguments) -> None:
             raise UsageError(f"the {name} state of a recurrent layer is [{batch}, {size}], got {list(state.shape)}")
     if call.lengths is not None and tuple(call.lengths.shape) != (batch,):
         raise UsageError(f"lengths are one number a sequence, [{batch}], got {list(call.lengths.shape)}")
+    for side in SIDES:
+        _check_side(call, side, hidden)
+    if call.seen is not None and call.shared and len(call.seen) > 1:
+        raise UsageError(f"statistics that all steps share have one row, got {len(call.seen)}")
+
+
+def _check_side(call: Arguments, side: str, hidden: int) -> None:
+    gamma, mean, var = (getattr(call, f"{part}_{side}") for part in ("gamma", "mean", "var"))
+    if gamma is None:
+        return
+    if side == "c" and call.cell != "lstm":
+        raise UsageError(f"the cell state of a {call.cell} cannot be normalised: it has none")
+    scalar = side == "c" and call.beta_c is None
+    width = 1 if scalar else hidden if side == "c" else len(call.weight_hh)
+    for name, value in (("var", var), ("mean", mean)):
+        if value is None and not (scalar and name == "mean"):
+            raise UsageError(f"gamma_{side} of a recurrent layer comes with {name}_{side}, which is missing")
+        if value is not None and (value.dim() != 2 or value.shape[1] != width or len(value) == 0):
+            raise UsageError(f"{name}_{side} of a recurrent layer is [rows, {width}], got {list(value.shape)}")
+    if gamma.shape[-1] != width:
+        raise UsageError(f"gamma_{side} of a recurrent layer is [{width}], got {list(gamma.shape)}")

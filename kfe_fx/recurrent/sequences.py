@@ -6,6 +6,7 @@ the sequences that are still alive at step t are the first ``alive[t]`` ones, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,14 @@ class Order:
     index: Tensor | None
     steps: Tensor | None
     flipped: bool
+
+    def counts(self, steps: int, batch: int) -> list[int]:
+        """Return how many sequences are alive at each of the steps."""
+        return [batch] * steps if self.alive is None else self.alive
+
+    def by_step(self, value: Tensor) -> list[Tensor]:
+        """Split [T, N, ...] into the rows [n, ...] that are alive, of every step that has any."""
+        return list(by_step([value], self.counts(*value.shape[:2])))
 
     def rows(self, value: Tensor | None) -> Tensor | None:
         """Rearrange a state or gate [N or 1, ...] as the sequences are."""
@@ -48,6 +57,16 @@ class Order:
         if self.index is not None:
             value = torch.empty_like(value).index_copy(1, self.index, value)
         return value
+
+
+def by_step(blocks: Iterable[Tensor], counts: list[int]) -> Iterator[Tensor]:
+    """Split blocks of steps [k, N, ...] into the rows [n, ...] that are alive, up to the last step that has any."""
+    left = iter(counts)
+    for block in blocks:
+        for rows, count in zip(block.unbind(0), left, strict=False):
+            if count == 0:
+                return
+            yield rows if count == len(rows) else rows[:count]
 
 
 def arrange(value: Tensor, lengths: Tensor | None, *, reverse: bool) -> tuple[Tensor, Order]:

@@ -87,3 +87,9 @@ def test_a_pass_that_changes_the_function_and_says_that_it_does_not_is_caught() 
     with pytest.raises(VerificationFailed, match="liar keeps the function"):
         Pipeline((Liar(),)).run(program())
     assert Pipeline((Liar(),)).run(program(), verify=False).modified
+
+
+def test_a_word_is_text_where_the_option_is_text() -> None:
+    text = "batchnorm-recurrent{mode=full cell_norm=none}"
+    assert Pipeline.from_text(text).passes[0].cell_norm == "none"  # pyright: ignore[reportAttributeAccessIssue]
+    assert Pipeline.from_text("batchnorm-recurrent{trained=none t_max=none}").to_text() == "batchnorm-recurrent"

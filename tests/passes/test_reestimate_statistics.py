@@ -12,8 +12,12 @@ from torch.optim.swa_utils import update_bn
 
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
+from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent
+from kfe_fx.passes.capture_curvature import CaptureCurvature
+from kfe_fx.passes.finalise_recurrent import FinaliseRecurrent
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics, live_norms
 from tests.criteria.nets import build, randomise
+from tests.passes import recurrent_nets as recurrent
 
 
 class Shared(nn.Module):
@@ -113,3 +117,63 @@ def test_single_values_have_no_variance_and_no_data_is_refused():
     assert torch.isfinite(result.tensor("1.running_var")).all()
     with pytest.raises(UsageError, match="no batches"):
         ReestimateStatistics([]).run(program)
+
+
+@pytest.mark.parametrize("statistics_of", ["step", "shared"])
+def test_recurrent_layers_get_the_average_over_batches(statistics_of: str):
+    """One batch: as training with momentum 1 on whole sequences; several: their mean; padding counts by rows."""
+    name = "packed"
+    net = BatchnormRecurrent(mode="full", cell_norm="channel", statistics=statistics_of).run(recurrent.program(name))
+    program = recurrent.moved(net.program, name)
+    found = [
+        statistics(ReestimateStatistics([batch]).run(program).program.state_dict())
+        for batch in recurrent.batches(name, 2)
+    ]
+    both = ReestimateStatistics(recurrent.batches(name, 2)).run(program)
+    assert both.facts == {"norms": 2, "batches": 2}
+    for key, value in statistics(both.program.state_dict()).items():
+        mean = (found[0][key] + found[1][key]) / 2  # as many valid rows in both
+        torch.testing.assert_close(value, mean, rtol=1e-10, atol=1e-12)
+        fixed = statistics_of == "step" and "_hh_" in key  # row 0 of the state zero
+        assert torch.equal(value[0], program.tensor(key)[0]) == fixed
+    first = found[0]
+    x, lengths = recurrent.data(name)
+    hidden = torch.nn.functional.linear(x, program.tensor("inputs.weight"), program.tensor("inputs.bias"))
+    products = hidden @ program.tensor("layer.weight_ih_l0").t()
+    if statistics_of == "shared":
+        rows = torch.cat([products[row, :length] for row, length in enumerate(lengths.tolist())])
+        torch.testing.assert_close(first["layer.running_mean_ih_l0"][0], rows.mean(0), rtol=1e-12, atol=1e-12)
+    else:
+        for step in range(recurrent.STEPS):
+            rows = products[lengths > step, step]
+            if len(rows) > 1:
+                expected = rows.var(0, correction=0)
+                torch.testing.assert_close(first["layer.running_var_ih_l0"][step], expected, rtol=1e-10, atol=1e-12)
+    shares = [float((lengths > step).double().mean()) for step in range(recurrent.STEPS)]
+    seen = torch.tensor([share if share * len(x) > 1.5 else 0.0 for share in shares]).double()
+    seen = seen.sum(0, keepdim=True) if statistics_of == "shared" else seen
+    torch.testing.assert_close(
+        ReestimateStatistics(recurrent.batches(name, 1)).run(program).program.tensor("layer.seen_l0"), seen
+    )
+
+
+def test_recurrent_layers_on_one_batch_are_as_in_training():
+    made = BatchnormRecurrent(mode="full", cell_norm="scalar", momentum=1.0).run(recurrent.program("stack")).program
+    twin = made.copy()
+    twin.train()(*recurrent.data("stack"))
+    found = ReestimateStatistics(recurrent.batches("stack", 1)).run(made).program
+    for key, value in statistics(twin.state_dict()).items():
+        torch.testing.assert_close(found.tensor(key), value, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_recurrent_layers_and_batches_of_one_are_left_alone():
+    made = BatchnormRecurrent(mode="full").run(recurrent.program("gru")).program
+    final = FinaliseRecurrent().run(made).program
+    assert not ReestimateStatistics(recurrent.batches("gru", 1)).run(final).modified
+    single = ReestimateStatistics([recurrent.data("gru", batch=1)]).run(made).program
+    assert all(torch.equal(value, made.tensor(key)) for key, value in statistics(single.state_dict()).items())
+    tapped = CaptureCurvature().run(made).program
+    fresh = [
+        ReestimateStatistics(recurrent.batches("gru", 1)).run(each).program.state_dict() for each in (made, tapped)
+    ]
+    assert all(torch.equal(value, fresh[1][key]) for key, value in fresh[0].items())
