@@ -63,7 +63,7 @@ def _capture(module: nn.Module, call: Call, requested: dict[str, dict[int, str |
     notes: list[str] = []
     with _modes_restored(module), _quiet():
         training = _training_flags(module)
-        with opaque_layers(module):
+        with opaque_layers():
             module.eval()
             exported, axes = _export_dynamic(module, call, requested, notes, explicit=explicit)
             _set_flags(module, training)
@@ -78,7 +78,7 @@ def _sequence_axes(
     module: nn.Module, call: Call, default: dict[str, dict[int, str | None]]
 ) -> dict[str, dict[int, str | None]]:
     """Find the dims that recurrent layers count sequences and steps by: trace with every dim dynamic and look."""
-    with _modes_restored(module), _quiet(), opaque_layers(module):
+    with _modes_restored(module), _quiet(), opaque_layers():
         module.eval()
         for chosen in candidates([leaf.shape for leaf in call.leaves]):
             bold: dict[str, dict[int, str | None]] = {

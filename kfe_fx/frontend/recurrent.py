@@ -93,30 +93,25 @@ def _unpack_in_place(sequence, batch_first=False, padding_value=0.0, total_lengt
 
 def has_recurrent_layers(module: nn.Module) -> bool:
     """Tell whether a network has layers that ``opaque_layers`` stands in for."""
-    return any(_is_layer(child) for child in module.modules())
-
-
-def _is_layer(module: nn.Module) -> bool:
-    plain = any(type(module).forward is layer.forward for layer in LAYERS)
-    return plain and isinstance(module, LAYERS) and "forward" not in vars(module)
+    return any(isinstance(child, LAYERS) for child in module.modules())
 
 
 @contextmanager
-def opaque_layers(module: nn.Module) -> Iterator[None]:
-    """Let every recurrent layer of ``module`` be traced as opaque operations."""
-    swapped: list[tuple[Any, types.CodeType]] = []
-    layers = [child for child in module.modules() if _is_layer(child)]
+def opaque_layers() -> Iterator[None]:
+    """Let recurrent layers, also those that a subclass calls as its super, be traced as opaque operations."""
+    codes: list[tuple[Any, types.CodeType]] = []
+    forwards = [(layer, layer.forward) for layer in LAYERS]
     try:
         for function, lent in ((rnn.pack_padded_sequence, _pack_in_place), (rnn.pad_packed_sequence, _unpack_in_place)):
-            swapped.append((function, function.__code__))
+            codes.append((function, function.__code__))
             function.__code__ = lent.__code__
-        for layer in layers:
-            layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+        for layer in LAYERS:
+            layer.forward = _forward  # type: ignore[method-assign]
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-        for function, code in swapped:
+        for layer, forward in forwards:
+            layer.forward = forward  # type: ignore[method-assign]
+        for function, code in codes:
             function.__code__ = code
 
 

@@ -15,6 +15,7 @@ from kfe_fx.frontend import source
 from kfe_fx.frontend.inline import inline_regions
 from kfe_fx.frontend.purify import purify
 from kfe_fx.frontend.recurrent import simplify_states
+from kfe_fx.frontend.recurrent_kernels import open_kernels
 from kfe_fx.recurrent.op import from_opaque
 
 aten = torch.ops.aten
@@ -45,6 +46,7 @@ def translate(
     _plain_copies(graph)
     purify(graph)
     from_opaque(graph)
+    open_kernels(graph)
     simplify_states(graph)
     _drop_noise(graph, constants)
     graph.eliminate_dead_code()
