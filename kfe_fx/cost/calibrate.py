@@ -55,6 +55,8 @@ def calibrated(profile: Profile | None = None, *, seconds: float = 0.2, threads:
         "column": base.column * element,
         "reorder": base.reorder * element,
         "transpose": base.transpose * element,
+        "core_byte": base.core_byte * measured.get("gemm_mac", base.gemm_mac) / base.gemm_mac,
+        "step": base.step * measured.get("kernel", base.kernel) / base.kernel,
     }
     return replace(base, name="measured", **measured, **follow)
 

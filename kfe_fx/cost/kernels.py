@@ -130,3 +130,43 @@ class ElementKernel:
         if self.aligned is not None and self.aligned.at(sizes) % p.block:
             time += sum(p.kernel + moved.at(sizes) * p.reorder for moved in self.reordered)
         return time
+
+
+@dataclass(frozen=True)
+class RecurrentKernel:
+    """The steps of one direction of a recurrent layer; the input's product of all steps is a GemmKernel before it.
+
+    ``steps`` of ``rows`` sequences; each multiplies [rows, width] x [width, gates], and [rows, hidden] x
+    [hidden, width] where there is a ``projection``, and does ``each`` nanoseconds of work per hidden unit after
+    ``overhead`` nanoseconds. All steps read the same weights.
+    """
+
+    owner: str
+    profile: Profile
+    steps: Product
+    rows: Product
+    gates: Product
+    width: Product
+    hidden: Product
+    projection: Product | None
+    each: float
+    overhead: float
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths it depends on."""
+        matrices = [self.gates, self.width, *([] if self.projection is None else [self.projection])]
+        return _widths(self.steps, self.rows, self.hidden, *matrices)
+
+    def cost(self, sizes: Sequence[int]) -> float:
+        """Return nanoseconds: steps x (the larger of computing and of reading the weights again, plus the cell)."""
+        p = self.profile
+        rows, hidden = self.rows.at(sizes), self.hidden.at(sizes)
+        weights = self.gates.at(sizes) * self.width.at(sizes)
+        if self.projection is not None:
+            weights += self.projection.at(sizes)
+        # weights that are read in a circle and do not fit into the cache soon fall out of it altogether
+        missed = min(1.0, max(0.0, 4 * weights / p.cache - 1))
+        read = 4 * weights * ((1 - missed) * min(p.core_byte, p.weight_byte) + missed * p.weight_byte)
+        step = max(rows * weights * p.gemm_mac, read) + rows * hidden * self.each + self.overhead
+        return p.kernel + self.steps.at(sizes) * step

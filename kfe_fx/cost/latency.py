@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from kfe_fx.cost.count import CostModel, SumCost, Term
-from kfe_fx.cost.kernels import ConvKernel, ElementKernel, GemmKernel
+from kfe_fx.cost.kernels import ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.multiplications import (
     ANY_CONVOLUTION,
     CONVOLUTIONS,
@@ -22,8 +22,9 @@ from kfe_fx.cost.multiplications import (
     is_transposed,
     multiplications,
 )
-from kfe_fx.cost.profile import ELEMENT_FACTORS, Profile
+from kfe_fx.cost.profile import CELL_FACTORS, ELEMENT_FACTORS, SCAN_FACTORS, SCAN_NODES, Profile
 from kfe_fx.cost.widths import ONE, Product, Removed, product_of
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 
 class LatencyModel(Protocol):
@@ -269,12 +270,43 @@ class _Kernels:
                 GemmKernel(node.name, self.profile, ONE, product, ONE, Product(self.profile.block), False)
             )
 
+    def _recurrent(self, node: fx.Node) -> None:
+        # the transposes around it are left out: at one sequence they move nothing
+        shape, p, call = self.model.shape, self.profile, Arguments.of(node)
+        inputs, gates = shape(call.weight_ih), shape(call.weight_hh)  # [g H, I], [g H, P]
+        value = shape(call.input)
+        projection = None if call.weight_hr is None else product_of(shape(call.weight_hr))
+        hidden = shape(call.weight_hr)[1] if call.weight_hr is not None else gates[1]
+        normalised = [one for one in (call.gamma_hh, call.gamma_c) if one is not None]
+        if self._is_scan(call):
+            nodes = SCAN_NODES[call.cell] + len(normalised) * 2 + (projection is not None)
+            each, overhead = SCAN_FACTORS[call.cell] * p.element, nodes * p.kernel
+        else:
+            each, overhead = CELL_FACTORS[call.cell] * p.element, p.step
+        positions = product_of(value[:2])
+        self.terms.append(GemmKernel(node.name, p, ONE, positions, inputs[1], inputs[0], weights=True))
+        self.terms.append(
+            RecurrentKernel(
+                node.name, p, value[call.time_dim], value[1 - call.time_dim], gates[0], gates[1], hidden, projection,
+                each, overhead,
+            )
+        )  # fmt: skip
+
+    def _is_scan(self, call: Arguments) -> bool:
+        """Tell whether ONNX has no operator for the layer: see ``kfe_fx.runtime.recurrent_weights``."""
+        if call.weight_hr is not None or call.beta_c is not None:
+            return True
+        tables = (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh, call.var_c)
+        names = [str(one.target) for one in tables if one is not None and one.op == "get_attr"]
+        return any(bool((table != table[:1]).any()) for table in map(self.model.program.tensor, names))
+
 
 _MATRIX_RULES: dict[Any, Callable[[_Kernels, fx.Node], None]] = {
     aten.linear.default: _Kernels._linear,
     **dict.fromkeys(PRODUCTS, _Kernels._matmul),
     aten.scaled_dot_product_attention.default: _Kernels._attention,
     aten.einsum.default: _Kernels._einsum,
+    RECURRENT: _Kernels._recurrent,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kfe_fx.cost.widths import ONE, Product, product_of
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 aten = torch.ops.aten
 
@@ -131,6 +132,13 @@ def _bilinear(node: fx.Node, shape: ShapeOf) -> list[Product]:
     return [product_of(shape(node)) * weight[1] * weight[2], product_of(shape(node)) * weight[2]]
 
 
+def _recurrent(node: fx.Node, shape: ShapeOf) -> list[Product]:
+    call = Arguments.of(node)
+    positions = product_of(shape(call.input)[:2])  # every sequence at every step
+    weights = [call.weight_ih, call.weight_hh, *([] if call.weight_hr is None else [call.weight_hr])]
+    return [positions * product_of(shape(weight)) for weight in weights]
+
+
 _RULES: dict[Any, Rule] = {
     aten.linear.default: _linear,
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION, _convolution),
@@ -139,4 +147,5 @@ _RULES: dict[Any, Rule] = {
     aten.einsum.default: _einsum,
     aten.tensordot.default: _tensordot,
     aten.bilinear.default: _bilinear,
+    RECURRENT: _recurrent,
 }

@@ -30,14 +30,16 @@ class Profile:
     # matrix products, and the weights that they stream when there are few rows
     gemm_mac: float = 0.0195
     weight_byte: float = 0.04
-    # bytes of weights that stay near the core from one output row to the next
+    # bytes of weights that stay near the core from one output row or step to the next, and what those cost there
     cache: float = 1e6
+    core_byte: float = 0.01
     # per element moved or computed
     element: float = 0.1
     reorder: float = 0.15
     transpose: float = 0.3
-    # per kernel, whatever its size
+    # per kernel, whatever its size, and per step inside the kernel of a recurrent layer
     kernel: float = 400.0
+    step: float = 200.0
 
 
 # Relative to ``Profile.element`` per output element; what is not here counts as 1 per tensor read or written.
@@ -50,3 +52,9 @@ ELEMENT_FACTORS: dict[str, float] = {
     "upsample_nearest2d": 2.0, "upsample_bilinear2d": 6.0, "embedding": 1.0,
     "cat": 1.5, "stack": 1.5, "pad": 1.5, "constant_pad_nd": 1.5,
 }  # fmt: skip
+
+# Relative to ``Profile.element`` per hidden unit and step: inside ONNX Runtime's kernel of a recurrent layer, and as
+# nodes of their own inside a Scan; with the latter, how many nodes a step has.
+CELL_FACTORS: dict[str, float] = {"lstm": 20.0, "gru": 40.0, "rnn_tanh": 60.0, "rnn_relu": 15.0}
+SCAN_FACTORS: dict[str, float] = {"lstm": 200.0, "gru": 150.0, "rnn_tanh": 60.0, "rnn_relu": 40.0}
+SCAN_NODES: dict[str, int] = {"lstm": 13, "gru": 13, "rnn_tanh": 4, "rnn_relu": 4}

@@ -15,6 +15,7 @@ from torch import fx
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.multiplications import ANY_CONVOLUTION, CONVOLUTIONS, PRODUCTS, TRANSPOSED, aten
 from kfe_fx.errors import UsageError
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
@@ -88,13 +89,20 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def kernel_widths(model: CostModel) -> list[int]:
-    """Return the widths that kernels see as channels or features: the first two dims of every weight they contract."""
+    """Return the widths that kernels see as channels or features: the first two dims of every weight they contract.
+
+    Hidden units of recurrent layers are left out: no staircase was seen in their number, which is that of columns of
+    weights, and with four gates a fourth of their rows.
+    """
     found: set[int] = set()
+    hidden: set[int] = set()
     for node in model.graph.nodes:
         for weight in _weights(node):
             for dim in model.shape(weight)[:2]:
                 found.update(dim.widths)
-    return sorted(found)
+        if node.target is RECURRENT:
+            hidden.update(model.shape(Arguments.of(node).weight_hh)[1].widths)
+    return sorted(found - hidden)
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

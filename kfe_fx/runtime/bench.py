@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import onnxruntime as ort
 
 from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.runtime.measure import compare
+from kfe_fx.runtime.onnx_file import LENGTHS_KEY
 from kfe_fx.runtime.session import make_session
 
 _TYPES = {
@@ -83,7 +85,8 @@ def declared_feeds(
     """Make inputs from the types and shapes that a model declares.
 
     Dim 0 and an axis called ``batch`` take ``batch`` where they are dynamic; every other dynamic axis must stand in
-    ``axes``. Floats are normal, whole numbers 0 or 1 (valid in nearly every table), booleans true.
+    ``axes``. Floats are normal, whole numbers 0 or 1 (valid in nearly every table), booleans true; sequences whose
+    lengths are an input, which files written here tell of, have all their steps.
 
     Raises:
         UsageError: a dynamic axis without a size.
@@ -92,18 +95,33 @@ def declared_feeds(
     generator = np.random.default_rng(seed)
     given = dict(axes or {})
     feeds = {}
+    lengths = _lengths(session)
+    sizes: dict[str, int] = {}
     for declared in session.get_inputs():
         dtype = _TYPES.get(declared.type)
         if dtype is None:
             raise UnsupportedModel(f"input {declared.name!r} is {declared.type}; bench makes tensors of numbers only")
         shape = [_size(declared.name, dim, size, batch, given) for dim, size in enumerate(declared.shape)]
+        sizes |= {name: size for name, size in zip(declared.shape, shape, strict=True) if isinstance(name, str)}
         if np.issubdtype(dtype, np.floating):
             feeds[declared.name] = generator.standard_normal(shape).astype(dtype)
         elif dtype is np.bool_:
             feeds[declared.name] = np.ones(shape, dtype)
         else:
             feeds[declared.name] = generator.integers(0, 2, shape).astype(dtype)
+    for name, longest in lengths.items():
+        whole = sizes.get(longest) if isinstance(longest, str) else longest
+        if name in feeds and isinstance(whole, int):
+            feeds[name] = np.full_like(feeds[name], whole)
     return feeds
+
+
+def _lengths(session: ort.InferenceSession) -> dict[str, Any]:
+    try:
+        told = json.loads(session.get_modelmeta().custom_metadata_map.get(LENGTHS_KEY, "{}"))
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _size(name: str, dim: int, size: int | str | None, batch: int, given: Mapping[str, int]) -> int:

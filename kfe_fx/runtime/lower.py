@@ -16,7 +16,9 @@ from torch import fx, nn
 from kfe_fx import taps
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend.source import of_error
-from kfe_fx.program import Program, copy_graph
+from kfe_fx.program import Program, copy_graph, get_tensor
+from kfe_fx.recurrent.op import RECURRENT
+from kfe_fx.runtime.recurrent import lower_recurrent
 from kfe_fx.shapes import sized_examples
 
 aten = torch.ops.aten
@@ -32,7 +34,8 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
     Inputs are the tensors named by ``program.signature.input_names``, in that order; outputs are the leaves of the
     output structure that are no constants, as a tuple. Every axis of ``program.axes`` stays dynamic. Parameters keep
     their names and are shared, not copied; neither the Program nor its training flag is touched. Taps and writes to
-    buffers are left out.
+    buffers are left out. Recurrent layers become operations that ``torch.onnx.export`` translates with the table of
+    ``kfe_fx.runtime.recurrent_onnx`` and that nothing else computes.
 
     Raises:
         UnsupportedModel: gates are still in the graph, an axis cannot stay dynamic, or an operation cannot be traced
@@ -42,11 +45,12 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
     taps.strip(graph)
     refuse_instruments(graph)
     drop_buffer_writes(graph)
+    constants = lower_recurrent(graph, program)
     _own_outputs(graph)
     _contiguous_attention(graph)
     _stable_log_sigmoid(graph)
     graph.lint()
-    module = fx.GraphModule(program.module(), graph)
+    module = fx.GraphModule(_held(graph, program, constants.tensors), graph)
     _own_leaves(module)
     module.eval()
     inputs = tuple(_tracing_inputs(program))
@@ -64,9 +68,11 @@ def refuse_instruments(graph: fx.Graph) -> None:
     """Refuse a graph that still holds gates or another operation of ours.
 
     Raises:
-        UnsupportedModel: a node of namespace ``kfe_fx`` is present; the text names it.
+        UnsupportedModel: a node of namespace ``kfe_fx`` other than a recurrent layer is present; the text names it.
     """
     for node in graph.nodes:
+        if node.target is RECURRENT:  # lowered, or refused, where its arguments are read
+            continue
         if node.op == "call_function" and getattr(node.target, "namespace", None) == "kfe_fx":
             where = node.meta.get("source") or node.name
             raise UnsupportedModel(f"{where}: {node.target} is still in the graph; strip the gates before lowering")
@@ -89,6 +95,18 @@ def drop_buffer_writes(graph: fx.Graph) -> list[str]:
     if written:
         graph.eliminate_dead_code()
     return written[::-1]
+
+
+def _held(graph: fx.Graph, program: Program, constants: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return what the graph reads by name: tensors and leaf modules of the Program, and constants of its own."""
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr":
+            held[name] = constants[name] if name in constants else get_tensor(program.module(), name)
+        elif node.op == "call_module":
+            held[name] = program.module().get_submodule(name)
+    return held
 
 
 def _own_outputs(graph: fx.Graph) -> None:

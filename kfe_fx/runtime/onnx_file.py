@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -15,8 +16,12 @@ import torch
 import torch.fx
 
 from kfe_fx.errors import BadFile, UnsupportedModel, UsageError
+from kfe_fx.labels.states import metadata as state_metadata
 from kfe_fx.program import Program, copy_graph
+from kfe_fx.runtime.inputs import full_lengths
 from kfe_fx.runtime.lower import EXPORT_ERRORS, drop_buffer_writes, first_line, quiet, to_exported_program
+from kfe_fx.runtime.recurrent_onnx import translations
+from kfe_fx.runtime.recurrent_scan import expand
 from kfe_fx.structure import Constant
 
 # Protobuf ends at 2 GiB; the graph itself, and a copy of a weight that folding makes, need room below that.
@@ -24,6 +29,8 @@ ONE_FILE_LIMIT = int(1.8 * 2**30)
 # The oldest operator set whose numbers the exporter's own version converter is tested for here; the newest that
 # the exporter writes itself.
 OPSETS = range(17, 24)
+# Under this key a file tells which inputs are lengths of sequences, and which axis is the longest that they can be.
+LENGTHS_KEY = "kfe_fx.lengths"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def export(
     ``output``, ``output_1``, ...; dynamic axes the names of ``program.axes``. Batch normalisation after a
     convolution is folded into it. One file up to 1.8 GiB of weights, above that ``path`` and ``path.data``. The file
     is checked, synced and renamed into place: a failed export leaves nothing behind. ``metadata`` is stored as
-    the model's own key-value pairs. Equal programs give equal bytes.
+    the model's own key-value pairs, beside which inputs hold lengths of sequences. Equal programs give equal bytes.
 
     Raises:
         UnsupportedModel: the graph has no ONNX form; the text names the operation and the source line.
@@ -139,6 +146,7 @@ def translate(
                 output_names=outputs,
                 opset_version=opset,
                 dynamo=True,
+                custom_translation_table=translations(),
                 verbose=False,
                 # Without it ONNX Runtime does not recognise the batch normalisations: 1.6 times slower.
                 optimize=True,
@@ -153,8 +161,11 @@ def translate(
     if opset is not None and onnx_program.model.opset_imports[""] != opset:
         got = onnx_program.model.opset_imports[""]
         raise UnsupportedModel(f"this network needs operator set {got}, {opset} was asked for; leave out the opset")
+    expand(onnx_program.model)
     _name_axes(onnx_program, program)
-    _strip(onnx_program.model, dict(metadata or {}))
+    lengths = full_lengths(program)
+    own = {LENGTHS_KEY: json.dumps(lengths, sort_keys=True)} if lengths else {}
+    _strip(onnx_program.model, own | {**state_metadata(program), **(metadata or {})})
     return onnx_program
 
 
@@ -203,7 +214,8 @@ def _dotted(template: Any, names: dict[int, str], prefix: str) -> None:
 
 def weight_bytes(onnx_program: torch.onnx.ONNXProgram) -> int:
     """Return the bytes that the initializers of a model take."""
-    values = (value.const_value for value in onnx_program.model.graph.initializers.values())
+    graphs = onnx_program.model.graphs()
+    values = (value.const_value for graph in graphs for value in graph.initializers.values())
     return sum(value.nbytes for value in values if value is not None)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from kfe_fx.errors import UsageError, VerificationFailed
+from kfe_fx.errors import KfeError, UsageError, VerificationFailed
 from kfe_fx.program import Program, copy_graph
-from kfe_fx.runtime.inputs import draw_inputs, example_sizes, resolve_sizes, to_feeds
+from kfe_fx.runtime.inputs import draw_inputs, example_sizes, resolve_sizes, time_axes, to_feeds
 from kfe_fx.runtime.lower import drop_buffer_writes, first_line
 from kfe_fx.runtime.onnx_file import named_outputs
 from kfe_fx.runtime.session import make_session, run
@@ -72,8 +72,9 @@ def parity(
     untested and must agree too.
 
     Each batch size gets ``probes`` random inputs (see ``draw_inputs``); the examples and ``calls`` (further
-    ``(args, kwargs)``) come on top. Other dynamic axes vary by one around the example's size, and a second batch axis
-    gets another size, where the Program itself takes that. A network with a fixed batch is tried at its own size.
+    ``(args, kwargs)``) come on top. Other dynamic axes vary by one around the example's size, those that recurrent
+    layers count steps by are longer, one, and shorter, and a second batch axis gets another size, where the Program
+    itself takes that. A network with a fixed batch is tried at its own size.
 
     Raises:
         UsageError: fewer than two probes, or a batch size below 1.
@@ -94,8 +95,9 @@ def parity(
     flats: list[list[torch.Tensor]] = []
     notes: list[str] = []
     tried: list[dict[str, int]] = []
-    for turn, wanted in enumerate(_sizes(program, batches)):
-        usable, note = _usable(reference, wanted, _varied(program, wanted, batches, turn), seed)
+    times = time_axes(program)
+    for turn, wanted in enumerate(_sizes(program, batches, times)):
+        usable, note = _usable(reference, wanted, _varied(program, wanted, batches, turn, times), seed)
         notes += [note] if note else []
         tried.append(usable)
         flats += [draw_inputs(program, None, seed + 1000 * turn + draw, usable) for draw in range(probes)]
@@ -201,32 +203,44 @@ def _array(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def _sizes(program: Program, batches: Sequence[int]) -> list[dict[str, int]]:
+def _sizes(program: Program, batches: Sequence[int], times: set[str]) -> list[dict[str, int]]:
     if not program.batch_axes():
-        return [example_sizes(program)]
+        return [example_sizes(program)] * (3 if times else 1)
     return [resolve_sizes(program, batch, None) for batch in dict.fromkeys(batches)]
 
 
-def _varied(program: Program, sizes: dict[str, int], batches: Sequence[int], turn: int) -> dict[str, int]:
-    """Return ``sizes`` with unequal batch axes, and with every other axis moved by one from the second turn on."""
+def _varied(
+    program: Program, sizes: dict[str, int], batches: Sequence[int], turn: int, times: set[str]
+) -> list[dict[str, int]]:
+    """Return other sizes to try, the boldest first.
+
+    Batch axes are unequal, every other axis is moved by one from the second turn on, and axes of time are longer, one,
+    and shorter than in the example.
+    """
     counting = sorted(program.batch_axes())
     unequal = {axis: batches[(turn + place) % len(batches)] for place, axis in enumerate(counting)}
     step = (0, -1, 1)[turn % 3]
     others = {axis: max(1, size + step) for axis, size in sizes.items() if axis not in counting}
-    return sizes | (unequal if len(counting) > 1 else {}) | others
+    varied = sizes | (unequal if len(counting) > 1 else {}) | others
+    lengths = {axis: (size + 3, 1, max(2, size // 2))[turn % 3] for axis, size in sizes.items() if axis in times}
+    return [varied | lengths, varied] if times else [varied]
 
 
 def _usable(
-    reference: _Reference, wanted: dict[str, int], varied: dict[str, int], seed: int
+    reference: _Reference, wanted: dict[str, int], varied: list[dict[str, int]], seed: int
 ) -> tuple[dict[str, int], str]:
-    """Return the varied sizes, or the wanted ones and a note where the Program itself refuses the varied."""
-    if varied == wanted:
-        return wanted, ""
-    try:
-        reference(draw_inputs(reference.program, None, seed, varied))
-    except (RuntimeError, IndexError, ValueError) as error:
-        return wanted, f"the network does not take the sizes {varied} ({first_line(error)[:120]}); not tried"
-    return varied, ""
+    """Return the first of the varied sizes that the Program takes, else the wanted ones, and a note on refusals."""
+    note = ""
+    for sizes in varied:
+        if sizes == wanted:
+            break
+        try:
+            reference(draw_inputs(reference.program, None, seed, sizes))
+        except (RuntimeError, IndexError, ValueError, KfeError) as error:
+            note = note or f"the network does not take the sizes {sizes} ({first_line(error)[:120]}); not tried"
+            continue
+        return sizes, note
+    return wanted, note
 
 
 def _finite(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """One export for many candidates: an ONNX model whose weights are replaced by those of a shrunk Program.
 
 The exporter takes seconds, a loop that measures candidates would spend its time there. A candidate differs from its
-source in weights and in the number of groups of a convolution; where nothing else differs, filling its weights
-into the source's ONNX model gives the same model in milliseconds. Whether that was so is checked by running it.
+source in weights, in the number of groups of a convolution and in the size of a recurrent layer; where nothing else
+differs, filling its weights into the source's ONNX model gives the same model in milliseconds. Whether that was so is
+checked by running it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 from torch import fx
 
+from kfe_fx import taps
 from kfe_fx.errors import KfeError
-from kfe_fx.program import Program, named_tensors
+from kfe_fx.program import Program, copy_graph, named_tensors
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.runtime.inputs import draw_inputs, to_feeds
 from kfe_fx.runtime.onnx_file import named_outputs, onnx_bytes
 from kfe_fx.runtime.parity import TOLERANCE, compare_output
+from kfe_fx.runtime.recurrent import lower_recurrent
+from kfe_fx.runtime.recurrent_weights import Constants
 from kfe_fx.runtime.session import make_session, run
 
 aten = torch.ops.aten
@@ -76,10 +81,14 @@ class Template:
         candidates: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
         for source, value in _values(program):
             candidates.setdefault(value.shape, []).append((source, value))
+        made = _lowered(program).tensors
         found = {}
-        for tensor in self._model.graph.initializer:
+        for tensor in _initializers(self._model.graph):
             array = numpy_helper.to_array(tensor)
             if not np.issubdtype(array.dtype, np.floating):
+                continue
+            if tensor.name in made:  # written by lowering, which calls it alike at every width
+                found[tensor.name] = tensor.name
                 continue
             scale = float(np.abs(array).max(initial=0.0))
             for source, value in candidates.get(array.shape, []):
@@ -92,17 +101,24 @@ class Template:
         import onnx
         from onnx import numpy_helper
 
+        lowered = _lowered(program)
         values = dict(_values(program))
+        values |= {name: one.cpu().numpy() for name, one in lowered.tensors.items() if one.dtype != torch.bfloat16}
         if not set(self._sources.values()) <= set(values):
             return None
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        for tensor in model.graph.initializer:
+        for tensor in _initializers(model.graph):
             if tensor.name in self._sources:
                 value = values[self._sources[tensor.name]]
                 tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
         groups = _groups(program)
         for node in model.graph.node:
+            if node.op_type in ("LSTM", "GRU", "RNN"):
+                recurrence = self._sources.get(node.input[2])
+                if recurrence is None:
+                    return None
+                _set_attributes(node, values[recurrence].shape[2], lowered.scales.get(recurrence, []))
             if node.op_type not in ("Conv", "ConvTranspose"):
                 continue
             weight = self._sources.get(node.input[1], "").partition("|")[0]
@@ -116,15 +132,55 @@ class Template:
         return model.SerializeToString(deterministic=True)
 
 
+def _initializers(graph: Any) -> Iterator[Any]:
+    """Yield the initializers of a graph and of the bodies in it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _initializers(attribute.g)
+
+
+def _set_attributes(node: Any, hidden: int, scales: list[float]) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "hidden_size":
+            attribute.i = hidden
+        elif attribute.name == "activation_beta":
+            attribute.floats[:] = scales
+
+
+def _lowered(program: Program) -> Constants:
+    """Return what lowering makes of the recurrent layers' tensors."""
+    graph = copy_graph(program.graphs["eval"])
+    taps.strip(graph)
+    return lower_recurrent(graph, program)
+
+
 def _scrambled(program: Program) -> Program:
     twin = program.copy()
     generator = torch.Generator().manual_seed(0)
+    shared = _shared_statistics(twin)
     with torch.no_grad():
         for value in {id(value): value for value in named_tensors(twin.module()).values()}.values():
             if value.is_floating_point():
                 # positive, since some are variances
                 value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64).add_(0.5))
+                if id(value) in shared:
+                    value.copy_(value[:1].expand_as(value))
     return twin
+
+
+def _shared_statistics(program: Program) -> set[int]:
+    """Return the running statistics of recurrent layers whose rows are equal: they fold away, and have to stay so."""
+    held = set()
+    for node in program.graphs["eval"].find_nodes(op="call_function", target=RECURRENT):
+        call = Arguments.of(node)
+        for table in (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh, call.mean_c, call.var_c):
+            if table is not None and table.op == "get_attr":
+                value = program.tensor(str(table.target))
+                if bool((value == value[:1]).all()):
+                    held.add(id(value))
+    return held
 
 
 def _values(program: Program) -> Iterator[tuple[str, np.ndarray]]:
