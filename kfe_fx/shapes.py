@@ -13,6 +13,10 @@ from torch._subclasses.fake_tensor import (
 
 from kfe_fx.program import Program
 from kfe_fx.recurrent.op import OPAQUE, RECURRENT
+from kfe_fx.recurrent.opened import OPENED, STATES, opened_shapes, states_shapes
+
+# of these only shapes are computed, the kernels would be traced step by step
+_SHAPES = {RECURRENT: OPAQUE, STATES: states_shapes, OPENED: opened_shapes}
 
 
 class _Propagator(fx.Interpreter):
@@ -22,8 +26,7 @@ class _Propagator(fx.Interpreter):
         self._fakes = fakes
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # of the opaque twin only shapes are computed, the kernels would be traced step by step
-        return super().call_function(OPAQUE if target is RECURRENT else target, args, kwargs)
+        return super().call_function(_SHAPES.get(target, target), args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)

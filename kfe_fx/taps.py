@@ -4,6 +4,10 @@ A tap is the identity: ``tap(value, inputs, site)`` returns ``value``. It stands
 program file. Code is generated without it unless an observer is attached to the module; with one, the observer is
 called in its place, so that forward, gradients and ``requires_grad`` are those of the network without taps, bit for
 bit, and nothing is paid where nothing is observed.
+
+Who collects statistics of recurrent layers opens them for taps (``kfe_fx.recurrent.opened``) in copies of the graphs;
+where taps are taken out they are closed. What runs unobserved is the layer's own kernel; opened, it has the same values
+and gradients up to rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from kfe_fx.recurrent.opened import close_layers, is_opened
 
 # called as observer(value, inputs, site); returns the value that the rest of the network sees
 Observer = Callable[[Tensor, list[Tensor], str], Tensor]
@@ -51,17 +57,21 @@ def insert(graph: fx.Graph, sites: Iterable[tuple[str, list[str]]]) -> int:
 
 
 def strip(graph: fx.Graph) -> int:
-    """Take every tap out of a graph, in place, and return how many there were; the nodes that stay are as before."""
+    """Take every tap out of a graph and close its recurrent layers, in place; return how many taps there were.
+
+    The nodes that stay are as before.
+    """
     found = list(graph.find_nodes(op="call_function", target=TAP))
     for node in found:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
+    close_layers(graph)
     return len(found)
 
 
 def tapped(graph: fx.Graph) -> bool:
-    """Tell whether a graph has taps."""
-    return bool(graph.find_nodes(op="call_function", target=TAP))
+    """Tell whether a graph has taps, or recurrent layers that were opened for them."""
+    return bool(graph.find_nodes(op="call_function", target=TAP)) or is_opened(graph)
 
 
 def untapped(node: fx.Node) -> fx.Node:

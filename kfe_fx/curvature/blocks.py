@@ -6,18 +6,20 @@ named as left out. Weights that are used several times (tied) have one block; a 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kfe_fx import taps
 from kfe_fx.curvature.operands import Operand, canonical_names
 from kfe_fx.curvature.pairings import Pairing
 from kfe_fx.curvature.sites import Look, Site
 from kfe_fx.program import Program, copy_graph
+from kfe_fx.recurrent.opened import open_layers
 
-__all__ = ["Block", "Blocks", "LeftOut", "Site", "Use", "find_blocks"]
+__all__ = ["Block", "Blocks", "LeftOut", "Site", "Use", "find_blocks", "opened"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ class Blocks:
         return [(site.name, [node.name for node in site.inputs]) for site in self.sites.get(mode, ())]
 
 
+def opened(graph: fx.Graph, wanted: Collection[str] | None = None) -> fx.Graph:
+    """Return a copy of a graph in the form that taps are set on: without any, recurrent layers open.
+
+    Names of nodes are the same each time. With ``wanted`` those layers alone are open that get one of these names.
+    """
+    made = copy_graph(graph)
+    if taps.tapped(made):
+        taps.strip(made)
+        made = copy_graph(made)  # a graph remembers names that it had
+    open_layers(made, wanted)
+    return made
+
+
 def find_blocks(program: Program) -> Blocks:
     """Find the blocks of all parameters of a Program, with or without taps in its graphs."""
     from kfe_fx.curvature.claims import Claims
@@ -145,8 +160,7 @@ def find_blocks(program: Program) -> Blocks:
     sites: dict[str, tuple[Site, ...]] = {}
     idle: dict[str, str] = {}
     for mode in sorted(program.graphs):
-        graph = copy_graph(program.graphs[mode])
-        taps.strip(graph)
+        graph = opened(program.graphs[mode])
         look = Look(program, graph, mode, trained)
         sites[mode] = tuple(look.sites(reasons.setdefault))
         idle |= look.idle

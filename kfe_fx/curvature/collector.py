@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from kfe_fx import taps
-from kfe_fx.curvature.blocks import Block, Blocks
+from kfe_fx.curvature.blocks import Block, Blocks, opened
 from kfe_fx.curvature.examples import pinned_examples
 from kfe_fx.curvature.observation import Observation, Run, Seen, expected, uses_by_site
-from kfe_fx.program import Program, copy_graph
+from kfe_fx.program import Program
 
 Sink = Callable[[Observation], None]
 
@@ -108,9 +108,8 @@ class Collector:
         """Return copies of the graphs with the taps of the chosen blocks alone."""
         made = {}
         for mode, graph in self.program.graphs.items():
-            twin = made[mode] = copy_graph(graph)
-            taps.strip(twin)
             wanted = self._uses[mode]
+            twin = made[mode] = opened(graph, wanted)
             taps.insert(twin, [(site, inputs) for site, inputs in self._blocks.taps(mode) if site in wanted])
         return made
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kfe_fx.curvature.blocks import Block, Blocks, Use, find_blocks
+from kfe_fx.curvature.blocks import Block, Blocks, Use, find_blocks, opened
 from kfe_fx.curvature.layout import rows
 from kfe_fx.curvature.operands import canonical_names
 from kfe_fx.curvature.statistics import empty_factors
@@ -174,7 +174,9 @@ class _Sizes:
     """Shapes of the nodes of a Program, with its batch of the analysis and with one example."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program = program.sharing()
+        for mode, graph in self.program.graphs.items():
+            self.program.graphs[mode] = opened(graph)
         self.sizes = analysis_sizes(program)
         self._known: dict[bool, dict[str, dict[str, Any]]] = {}
 

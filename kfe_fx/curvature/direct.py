@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from kfe_fx.curvature.layout import Layout, rows
 from kfe_fx.labels.registry import overloads
+from kfe_fx.recurrent.opened import PRODUCT, ROWS, STATISTICS
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ class Moment:
         args, kwargs = self._filled((self.node.args, self.node.kwargs), {**self.values, **replaced})
         names = [argument.name for argument in getattr(self.node.target, "_schema", _NO_SCHEMA).arguments]
         args = tuple(
-            value.clone() if name.startswith("running_") and isinstance(value, Tensor) else value
+            value.clone() if name.startswith(_RUNNING) and isinstance(value, Tensor) else value
             for value, name in zip(args, [*names, *[""] * (len(args) - len(names))], strict=False)
         )
         made = self.node.target(*args, **kwargs)  # type: ignore[operator]
@@ -53,6 +54,7 @@ class Moment:
 
 
 _NO_SCHEMA = SimpleNamespace(arguments=())
+_RUNNING = ("running_", *STATISTICS)
 
 
 # (contribution of the output's shape, dim that the operand's one dim lies along, or None where it broadcasts)
@@ -103,7 +105,7 @@ def division(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | No
     return moment.grad / (under.conj() if isinstance(under, Tensor) else under), None
 
 
-@contribution(aten.expand.default)
+@contribution(aten.expand.default, ROWS)
 def expansion(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None]:
     """Sum over what it was expanded to."""
     return moment.grad, None
@@ -148,6 +150,7 @@ def _normalised(moment: Moment, weight: Any, bias: Any) -> Tensor:
 
 @contribution(
     aten.linear.default,
+    PRODUCT,
     aten.addmm.default,
     aten.baddbmm.default,
     *overloads(aten, *(f"conv{rank}d.{kind}" for rank in (1, 2, 3) for kind in ("default", "padding"))),
@@ -167,7 +170,8 @@ def bias(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | None:
     if given is not operand or operand in node.args[:2]:
         return None
     # an image without a batch dim has its channels in front
-    return moment.grad, None if node.target is aten.linear.default else moment.grad.dim() - _spatial(node) - 1
+    last = node.target in (aten.linear.default, PRODUCT)
+    return moment.grad, None if last else moment.grad.dim() - _spatial(node) - 1
 
 
 def _spatial(node: fx.Node) -> int:

@@ -95,9 +95,9 @@ def sum_store(store: Store, *, moments: bool = False) -> None:
     if group.size == 1:
         return
     store.complete(moments=moments)
-    keys, counts = (
-        (("S", "S_ra"), ("S_examples", "batches")) if moments else (("A", "G", "D"), ("rows", "examples", "D_examples"))
-    )
+    keys, counts = ("A", "G", "A1", "G1", "D", "lengths"), ("rows", "examples", "D_examples")
+    if moments:
+        keys, counts = ("S", "S_ra"), ("S_examples", "batches")
     for block in store.blocks.values():
         group.sum([block.sums[key] for key in keys if key in block.sums])
     told = [[block.counts.get(key, 0.0) for key in counts] for block in store.blocks.values()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfe_fx.curvature.blocks import Block, LeftOut
-from kfe_fx.curvature.operators import DIAGONAL, BlockOperator
+from kfe_fx.curvature.operators import DIAGONAL, BlockOperator, Operator
 from kfe_fx.curvature.store import Store
 from kfe_fx.errors import UsageError
 from kfe_fx.program import Program
@@ -58,7 +58,7 @@ class EWC:
         self.strength = strength
         self._terms = self._take(store)
 
-    def _take(self, store: Store) -> list[tuple[Block, tuple[BlockOperator, ...]]]:
+    def _take(self, store: Store) -> list[tuple[Block, tuple[Operator, ...]]]:
         """Copy the parameters as anchor and return the curvature around it."""
         store.check(self.program, weights=True)
         curvature = store.operator(self.program, self.kind)
@@ -112,9 +112,11 @@ class EWC:
         return made
 
 
-def _added(earlier: tuple[BlockOperator, ...], new: BlockOperator) -> tuple[BlockOperator, ...]:
+def _added(earlier: tuple[Operator, ...], new: Operator) -> tuple[Operator, ...]:
     """Add operators, into one where they share their eigenbasis."""
     for place, old in enumerate(earlier):
+        if not isinstance(old, BlockOperator) or not isinstance(new, BlockOperator):
+            continue
         if _same(old.U_G, new.U_G) and _same(old.U_A, new.U_A):
             both = BlockOperator(old.spectrum + new.spectrum, new.U_G, new.U_A)
             return (*earlier[:place], *earlier[place + 1 :], both)

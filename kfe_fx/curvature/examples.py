@@ -17,14 +17,17 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from kfe_fx.curvature.operands import MOVEMENTS, draws
+from kfe_fx.errors import KfeError
 from kfe_fx.labels.analysis import BATCH, analysis_sizes, track
 from kfe_fx.labels.examples import ExampleTracker
 from kfe_fx.labels.tracker import Dims, Layers
 from kfe_fx.labels.unionfind import UnionFind
 from kfe_fx.program import Program, run_node
+from kfe_fx.recurrent.opened import OPENED, PRODUCT, ROWS, STATES
 
 aten = torch.ops.aten
 _REPEATS = {aten.repeat.default}
+_SEQUENCES = {STATES, PRODUCT, OPENED, ROWS}
 PROBED = 1 << 22  # elements of inputs up to which an operation is run to see what depends on what
 
 
@@ -103,7 +106,9 @@ class Examples(ExampleTracker):
         return node.target, repr(args), repr(kwargs), self.shape(tensors[0]), labels
 
     def unknown(self, node: fx.Node, tensors: list[fx.Node]) -> Any:
-        """Return no labels for now: ``done`` asks the operation."""
+        """Label sequences as they are; else return no labels for now: ``done`` asks the operation."""
+        if node.target in _SEQUENCES:
+            return self._sequences(node)
         fake = self.fakes[node]
         several = isinstance(fake, list | tuple)
         return [_nowhere(each) for each in fake] if several else _nowhere(fake)
@@ -159,6 +164,26 @@ class Examples(ExampleTracker):
         over = int(dim) % len(self.dims(source))  # type: ignore[arg-type]
         return tuple(() if place == over else layers for place, layers in enumerate(self.dims(source)))
 
+    def _sequences(self, node: fx.Node) -> Any:
+        """Label what opened recurrent layers are made of: each sequence is on its own, its steps are not."""
+        batch_dim = 0 if node.kwargs.get("batch_first", True) else 1
+        given = dict(zip([one.name for one in node.target._schema.arguments], node.args, strict=False))  # type: ignore[union-attr]
+        sided = [given[name] for name in ("input", "products", "hidden") if given.get(name) is not None]
+        states = [given[name] for name in ("h0", "c0", "lengths") if given.get(name) is not None]
+        batch: Layers = ()
+        for value, dim in [*((value, batch_dim) for value in sided), *((value, 0) for value in states)]:
+            found = self.dims(value)[dim]
+            batch = self.unify(batch, found, node) if batch and found else batch or found
+        if node.target is ROWS:
+            return (batch, *(() for _ in self.shape(node)[1:]))
+        fakes = self.fakes[node]
+        ranks = [fake.dim() for fake in fakes] if isinstance(fakes, list | tuple) else [fakes.dim()]
+        made = [
+            tuple(batch if dim == (batch_dim if rank == 3 else 0) else () for dim in range(rank)) if rank > 1 else ((),)
+            for rank in ranks
+        ]
+        return made if isinstance(fakes, list | tuple) else made[0]
+
     # asking an operation ----------------------------------------------------------------------------------------------
 
     def _probed(self, node: fx.Node) -> list[Dims]:
@@ -181,7 +206,7 @@ class Examples(ExampleTracker):
                 changed.append(
                     [_differs(one, two) for one, two in zip(_run(node, given | known), outputs, strict=True)]
                 )
-        except (RuntimeError, IndexError, ValueError, TypeError):
+        except (RuntimeError, IndexError, ValueError, TypeError, KfeError):
             return []
         return [self._partition([of[place] for of in changed]) for place in range(len(outputs))]
 

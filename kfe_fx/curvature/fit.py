@@ -12,7 +12,7 @@ from kfe_fx.curvature.blocks import Blocks, find_blocks
 from kfe_fx.curvature.collector import Collector
 from kfe_fx.curvature.distributed import Group, known_facts, sum_store
 from kfe_fx.curvature.observation import Observation
-from kfe_fx.curvature.statistics import EXPAND, REDUCE, Factors, Moments, Running, Statistic
+from kfe_fx.curvature.statistics import EXPAND, SHARINGS, Factors, Moments, Running, Statistic
 from kfe_fx.curvature.store import Store
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, put_tensor
@@ -57,7 +57,9 @@ def fit(
             distribution of labels, one backward pass per output: type-II, the generalised Gauss-Newton matrix), or
             "auto": exact for up to 20 outputs, else sampled.
         samples: how many times "sampled" draws.
-        sharing: "expand" or "reduce": how K-FAC factors count positions that share weights.
+        sharing: how K-FAC counts positions that share weights: "expand" or "reduce" (``FactorSums``); or "rnn1" or
+            "rnn2", which for recurrent layers model how the steps of a sequence are correlated
+            (``kfe_fx.curvature.temporal``) and are "expand" for the rest.
         batch_size: examples at a time.
         seed: of what is drawn.
         bases: a store of the same network and weights in whose eigenbases "ekfac" measures S*, instead of in new ones,
@@ -79,8 +81,8 @@ def fit(
         )
     if source not in (*SOURCES, "auto"):
         raise UsageError(f"there is no source {source!r}; choose {', '.join(SOURCES)} or auto")
-    if sharing not in (EXPAND, REDUCE):
-        raise UsageError(f"there is no sharing {sharing!r}; choose {EXPAND} or {REDUCE}")
+    if sharing not in SHARINGS:
+        raise UsageError(f"there is no sharing {sharing!r}; choose {', '.join(SHARINGS)}")
     if samples < 1:
         raise UsageError("the source 'sampled' draws at least once")
     if bases is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ class Run:
     pending: dict[str, list[Seen]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What one tap saw, examples first: data [N, ...], gradient [N, ...], lengths of sequences [N, ...] or None."""
+
+    use: Use
+    data: Tensor
+    grad: Tensor
+    lengths: Tensor | None
+
+
 @dataclass
 class Observation:
     """All that one backward pass says about one block.
@@ -66,27 +76,35 @@ class Observation:
             yield from self._gradients()
             return
         prepared = [self._prepared(seen) for seen in self.seen]
-        step = max(1, min(self.examples, CHUNK // max(1, sum(self._bytes(*part) for part in prepared))))
+        step = max(1, min(self.examples, CHUNK // max(1, sum(self._bytes(part) for part in prepared))))
         for start in range(0, self.examples, step):
             stop = start + step
-            yield joined([self._pairs(use, data[start:stop], grad[start:stop]) for use, data, grad in prepared])
+            yield joined([self._pairs(part, start, stop) for part in prepared])
 
-    def _prepared(self, seen: Seen) -> tuple[Use, Tensor, Tensor]:
+    def _prepared(self, seen: Seen) -> _Prepared:
         site, pairing = seen.use.site, seen.use.site.pairing
         assert pairing is not None
-        data = seen.inputs[site.inputs.index(pairing.data)]
-        data = rows(site.layouts[pairing.data.name], data, self.examples)
-        return seen.use, data, rows(site.layouts[site.name], seen.grad, self.examples)
+        layout = site.layouts[pairing.data.name]
+        data = rows(layout, seen.inputs[site.inputs.index(pairing.data)], self.examples)
+        lengths = None
+        if pairing.counting is not None:
+            lengths = self._value(pairing.counting, self._sized(seen))
+            lengths = rows(None if layout is None else replace(layout, dim=0), lengths, self.examples)
+        return _Prepared(seen.use, data, rows(site.layouts[site.name], seen.grad, self.examples), lengths)
 
-    def _pairs(self, use: Use, data: Tensor, grad: Tensor) -> Pairs:
-        assert use.site.pairing is not None
+    def _pairs(self, part: _Prepared, start: int, stop: int) -> Pairs:
+        use, pairing = part.use, part.use.site.pairing
+        assert pairing is not None
+        data, grad = part.data[start:stop], part.grad[start:stop]
         if self.scale != 1.0:
             grad = grad * self.scale
-        made = use.site.pairing.pairs(data, grad, use.column is True)
+        made = pairing.pairs(data, grad, use.column is True)
+        made = pairing.bounded(made, data, None if part.lengths is None else part.lengths[start:stop])
         made = made.swapped() if use.transposed else made
         return made.padded() if use.column is False else made
 
-    def _bytes(self, use: Use, data: Tensor, grad: Tensor) -> int:
+    def _bytes(self, part: _Prepared) -> int:
+        use, data, grad = part.use, part.data, part.grad
         assert use.site.pairing is not None
         groups, high, wide = self.block.shape
         if use.transposed:
@@ -128,7 +146,8 @@ class Observation:
         """Form the matrices of a few examples out of their pairs."""
         pairing, operand = seen.use.site.pairing, seen.use.operand
         assert pairing is not None
-        _, data, grad = self._prepared(seen)
+        part = self._prepared(seen)
+        data, grad = part.data, part.grad
         shape = tuple(operand.value(self.program, {}, sized).shape)
 
         def of(start: int, stop: int) -> Tensor:

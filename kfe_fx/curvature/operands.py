@@ -29,6 +29,16 @@ MOVEMENTS = frozenset(
 ) | {operator.getitem}
 
 
+# What takes a shape or a value and passes no gradient on.
+UNREACHED = frozenset(
+    overloads(
+        aten,
+        *("detach", "new_ones", "new_zeros", "new_full", "new_empty"),
+        *("ones_like", "zeros_like", "full_like", "empty_like"),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Operand:
     """A value that is the same for all examples, made of parameters.
@@ -96,11 +106,13 @@ class Operands:
         self._canonical = canonical_names(program)
         self._trained = trained
         self._steps: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self._reached: dict[fx.Node, tuple[str, ...]] = {}  # names of tensors that a gradient comes to
         self._sized: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._found: dict[fx.Node, Operand | None] = {}
         for node in graph.nodes:
             if node.op == "get_attr":
                 self._steps[node], self._sized[node] = (node,), ()
+                self._reached[node] = (self._name(node),)
             elif node.op == "call_function" and not draws(node):
                 self._follow(node, counts)
 
@@ -109,9 +121,12 @@ class Operands:
         if node.target is aten.sym_size.int and args[0] not in self._steps:
             if not counts(args[0], int(node.args[1])):  # type: ignore[arg-type]
                 self._steps[node], self._sized[node] = (node,), (args[0],)
+                self._reached[node] = ()
         elif all(arg in self._steps for arg in args):
             self._steps[node] = (*dict.fromkeys(step for arg in args for step in self._steps[arg]), node)
             self._sized[node] = tuple(dict.fromkeys(size for arg in args for size in self._sized[arg]))
+            found = dict.fromkeys(name for arg in args for name in self._reached[arg])
+            self._reached[node] = () if node.target in UNREACHED else tuple(found)
 
     def fixed(self, node: fx.Node) -> bool:
         """Tell whether a node has the same value for all examples."""
@@ -131,8 +146,7 @@ class Operands:
 
     def _operand(self, node: fx.Node) -> Operand | None:
         steps = self._steps[node]
-        behind = (self._name(step) for step in steps if step.op == "get_attr")
-        names = tuple(name for name in dict.fromkeys(behind) if name in self._trained)
+        names = tuple(name for name in self._reached[node] if name in self._trained)
         if not names:
             return None
         moved = len(names) == 1 and self._is_movement(node)

@@ -6,179 +6,39 @@ Vectorisation is row-major: vec(dW) = g (x) abar, so (G (x) A) vec(X) = vec(G X 
     diagonal    Q = I               spectrum = D                  second moments of the parameters' own gradients
     kfac        Q = U_G (x) U_A     spectrum = lam_G lam_A^T      Martens & Grosse 2015
     ekfac       Q = U_G (x) U_A     spectrum = S*                 George et al. 2018
+
+The K-FAC of a recurrent layer may instead model how its steps are correlated (``kfe_fx.curvature.temporal``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kfe_fx.curvature.block_operator import FACTORED, MAX_DENSE, TIKHONOV, BlockOperator, Operator, bound_dense
 from kfe_fx.curvature.blocks import Block, LeftOut, find_blocks
+from kfe_fx.curvature.statistics import EXPAND
+from kfe_fx.curvature.temporal import OPTIONS
 from kfe_fx.errors import UsageError
 from kfe_fx.program import Program
 
 if TYPE_CHECKING:
     from kfe_fx.curvature.store import BlockStore, Store
 
+__all__ = ["FACTORED", "MAX_DENSE", "TIKHONOV", "BlockOperator", "Curvature", "Operator", "Vector", "block_operator"]
+
 DIAGONAL, KFAC, EKFAC = KINDS = ("diagonal", "kfac", "ekfac")
-TIKHONOV, FACTORED = FORMS = ("tikhonov", "factored")
-MAX_DENSE = 4096  # rows of the largest matrix that is written out
 
 
-@dataclass(frozen=True)
-class BlockOperator:
-    """``F = Q diag(spectrum) Q^T`` of one block, on matrices [..., K, o, i]; see ``Block``.
-
-    ``spectrum`` [K, o, i] holds the eigenvalues, ``U_G`` [K, o, o] and ``U_A`` [K, i, i] the basis (None: identity),
-    ``factors`` lam_G [K, o] and lam_A [K, i] where the spectrum is their product.
-    """
-
-    spectrum: Tensor
-    U_G: Tensor | None = None
-    U_A: Tensor | None = None
-    factors: tuple[Tensor, Tensor] | None = None
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Return F v, [..., K, o, i] as ``v``."""
-        return self._through(v, self.spectrum)
-
-    def solve(self, v: Tensor, damping: float, form: str = TIKHONOV) -> Tensor:
-        """Return ``(F + damping I)^{-1} v`` exactly; at damping 0 the pseudo-inverse, which maps what F ignores to 0.
-
-        Args:
-            v: [..., K, o, i].
-            damping: lambda, at least 0.
-            form: "tikhonov", or "factored" for the approximation ``(G + gamma / pi I)^{-1} (x) (A + pi gamma I)^{-1}``
-                with gamma = sqrt(lambda) and pi² = (tr A / i) / (tr G / o) per group, 1 where a trace is zero
-                (Martens & Grosse 2015, section 6.3). Only K-FAC has it.
-
-        Raises:
-            UsageError: the damping is negative or not a number, or there are no factors to damp.
-        """
-        if not damping >= 0:
-            raise UsageError(f"the damping is {damping}; give a number that is not negative")
-        if form not in FORMS:
-            raise UsageError(f"there is no damping {form!r}; choose {' or '.join(FORMS)}")
-        if form == FACTORED and self.factors is None:
-            raise UsageError("only K-FAC has factors to damp; take the damping 'tikhonov'")
-        if damping == 0:
-            return self._through(v, self._pseudo_inverse())
-        if form == FACTORED:
-            return self._through(v, self._factored(damping).reciprocal())
-        return self._through(v, (self.spectrum + damping).reciprocal())
-
-    def _factored(self, damping: float) -> Tensor:
-        assert self.factors is not None
-        high, wide = self.factors
-        ratio = (wide.mean(1) / high.mean(1)).sqrt()
-        pi = ratio.where(ratio.isfinite() & (ratio > 0), 1.0).unsqueeze(1)
-        gamma = damping**0.5
-        return (high + gamma / pi).unsqueeze(2) * (wide + pi * gamma).unsqueeze(1)
-
-    def _pseudo_inverse(self) -> Tensor:
-        # Rounding leaves eigenvalues of a singular factor at eps of the largest; of a second moment, a square, at eps².
-        eps = torch.finfo(self.spectrum.dtype).eps
-        if self.factors is not None:
-            high, wide = (_inverse(side, eps * side.shape[1] * side.amax(1, keepdim=True)) for side in self.factors)
-            return high.unsqueeze(2) * wide.unsqueeze(1)
-        least = (eps * max(self.spectrum.shape[1:])) ** 2 if self.U_A is not None or self.U_G is not None else 0.0
-        return _inverse(self.spectrum, least * self.spectrum.amax((1, 2), keepdim=True))
-
-    def quadratic(self, v: Tensor) -> Tensor:
-        """Return v^T F v, [...]; it can be differentiated by ``v``."""
-        spectrum, left, right = self._like(v, self.spectrum)
-        return (spectrum * _rotated(v.to(spectrum.dtype), left, right).square()).sum((-3, -2, -1))
-
-    def trace(self) -> float:
-        """Return tr F, for EKFAC and the diagonal the mean squared norm of an example's gradient."""
-        return float(self.spectrum.sum(dtype=torch.float64))
-
-    def frobenius_norm(self) -> float:
-        """Return ||F||_F."""
-        return float(torch.linalg.vector_norm(self.spectrum, dtype=torch.float64))
-
-    def spectral_norm(self) -> float:
-        """Return the largest eigenvalue."""
-        return float(self.spectrum.max())
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues, ascending, [K·o·i]."""
-        return self.spectrum.reshape(-1).sort().values
-
-    def dense(self) -> Tensor:
-        """Write F out, [K·o·i, K·o·i] over the row-major entries of [K, o, i].
-
-        Raises:
-            UsageError: it would have more than 4,096 rows.
-        """
-        _bound(self.spectrum.numel())
-        made = []
-        for group, spectrum in enumerate(self.spectrum):
-            left, right = (
-                torch.eye(size, dtype=spectrum.dtype, device=spectrum.device) if basis is None else basis[group]
-                for basis, size in zip((self.U_G, self.U_A), spectrum.shape, strict=True)
-            )
-            basis = torch.kron(left.contiguous(), right.contiguous())
-            made.append(basis * spectrum.reshape(-1) @ basis.T)
-        return torch.block_diag(*made)
-
-    def to(self, device: torch.device) -> BlockOperator:
-        """Return the operator on a device."""
-        left, right = (None if basis is None else basis.to(device) for basis in (self.U_G, self.U_A))
-        factors = None if self.factors is None else (self.factors[0].to(device), self.factors[1].to(device))
-        return BlockOperator(self.spectrum.to(device), left, right, factors)
-
-    def scaled(self, factor: float) -> BlockOperator:
-        """Return ``factor`` F, without factors of its own."""
-        return replace(self, spectrum=self.spectrum * factor, factors=None)
-
-    def _through(self, v: Tensor, spectrum: Tensor) -> Tensor:
-        """Return Q diag(spectrum) Q^T v in the type of ``v``."""
-        spectrum, left, right = self._like(v, spectrum)
-        made = _rotated(v.to(spectrum.dtype), left, right) * spectrum
-        return _rotated(made, _transposed(left), _transposed(right)).to(v.dtype)
-
-    def _like(self, v: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what is held in the wider of its own type and that of a vector, after looking at its shape."""
-        if tuple(v.shape[-3:]) != tuple(spectrum.shape):
-            raise UsageError(
-                f"a vector of this block is [..., {', '.join(map(str, spectrum.shape))}], not {[*v.shape]}"
-            )
-        kind = torch.promote_types(v.dtype, spectrum.dtype)
-        left, right = (None if basis is None else basis.to(kind) for basis in (self.U_G, self.U_A))
-        return spectrum.to(kind), left, right
-
-
-def _rotated(v: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return left^T v right."""
-    made = v if left is None else left.transpose(1, 2) @ v
-    return made if right is None else made @ right
-
-
-def _transposed(basis: Tensor | None) -> Tensor | None:
-    return None if basis is None else basis.transpose(1, 2)
-
-
-def _inverse(values: Tensor, floor: Tensor) -> Tensor:
-    kept = values > floor
-    return torch.where(kept, values, 1.0).reciprocal() * kept
-
-
-def _bound(rows: int) -> None:
-    if rows > MAX_DENSE:
-        raise UsageError(
-            f"a dense matrix of {rows:,} rows is too large (at most {MAX_DENSE:,}); use products and solves"
-        )
-
-
-def block_operator(held: BlockStore, kind: str) -> BlockOperator | None:
+def block_operator(held: BlockStore, kind: str, sharing: str = EXPAND) -> Operator | None:
     """Make the operator of one block, or None where the store has no such statistics of it.
 
     A block without Kronecker structure has a diagonal under every kind: its S* is one, for its basis is the identity.
+    With the ``sharing`` "rnn1" or "rnn2" a block whose weight is shared over the steps of sequences has the K-FAC of
+    that option (``kfe_fx.curvature.temporal``), and no eigenbases are needed.
 
     Raises:
         UsageError: the store holds factors whose eigenbases were never computed.
@@ -188,6 +48,8 @@ def block_operator(held: BlockStore, kind: str) -> BlockOperator | None:
         return None if spectrum is None else BlockOperator(spectrum)
     if kind == DIAGONAL:
         return None if held.D is None else BlockOperator(held.D)
+    if kind == KFAC and sharing in OPTIONS and (lagged := held.lagged) is not None:
+        return lagged.operator(sharing)
     high, wide = held.basis.get("lam_G"), held.basis.get("lam_A")
     if high is None or wide is None:
         if held.A is not None:
@@ -237,14 +99,14 @@ class Curvature:
         store.check(program)
         self.kind = kind
         self._shapes = {name: tuple(value.shape) for name, value in program.module().named_parameters()}
-        found = find_blocks(program)
+        found, sharing = find_blocks(program), store.facts.get("sharing", EXPAND)
         reasons = {item.parameter: item.reason for item in found.left_out}
-        made: dict[str, tuple[Block, BlockOperator]] = {}
+        made: dict[str, tuple[Block, Operator]] = {}
         for block in found.blocks:
             held = store.blocks.get(block.name)
             if held is not None and held.shape != block.shape:
                 raise UsageError(f"the statistics of {block.name} were measured in another form; fit them again")
-            operator = None if held is None else block_operator(held, kind)
+            operator = None if held is None else block_operator(held, kind, sharing)
             if operator is None:
                 for name in block.parameters:
                     reasons.setdefault(name, f"the store has no {kind} statistics of {block.name}")
@@ -260,7 +122,7 @@ class Curvature:
         self.missing = tuple(LeftOut(name, reasons.get(name, "is not floating-point")) for name in others)
 
     @property
-    def blocks(self) -> dict[str, BlockOperator]:
+    def blocks(self) -> dict[str, Operator]:
         """The operator of each block."""
         return {block.name: operator for block, operator in self.pairs}
 
@@ -278,7 +140,7 @@ class Curvature:
         return self._each(v, lambda operator, matrix: operator.matvec(matrix), None)
 
     def solve(self, v: Mapping[str, Tensor], damping: float, form: str = TIKHONOV) -> Vector:
-        """Return ``(F + damping I)^{-1} v``; see ``BlockOperator.solve``.
+        """Return ``(F + damping I)^{-1} v``; see ``Operator.solve``.
 
         Under the form "factored" blocks with a diagonal, which have no factors, are damped as they are.
 
@@ -288,8 +150,8 @@ class Curvature:
         if form == FACTORED and self.kind != KFAC:
             raise UsageError(f"{self.kind} has no factors to damp; take the damping 'tikhonov'")
 
-        def solved(operator: BlockOperator, matrix: Tensor) -> Tensor:
-            return operator.solve(matrix, damping, TIKHONOV if operator.factors is None else form)
+        def solved(operator: Operator, matrix: Tensor) -> Tensor:
+            return operator.solve(matrix, damping, form if operator.has_factors else TIKHONOV)
 
         return self._each(v, solved, damping)
 
@@ -327,14 +189,14 @@ class Curvature:
         Raises:
             UsageError: it would have more than 4,096 rows.
         """
-        _bound(self.size)
+        bound_dense(self.size)
         places: dict[str, Tensor] = {}
         start = 0
         for name in self.parameters:
             count = torch.Size(self._shapes[name]).numel()
             places[name] = torch.arange(start, start + count).view(self._shapes[name])
             start += count
-        made = self.pairs[0][1].spectrum.new_zeros(start, start, device="cpu")
+        made = self.pairs[0][1].like.new_zeros(start, start, device="cpu")
         for block, operator in self.pairs:
             index = block.matrix(places).reshape(-1)
             made[index.unsqueeze(1), index] = operator.dense().to(made)
@@ -354,7 +216,7 @@ class Curvature:
 
     @torch.no_grad()
     def _each(
-        self, v: Mapping[str, Tensor], function: Callable[[BlockOperator, Tensor], Tensor], damping: float | None
+        self, v: Mapping[str, Tensor], function: Callable[[Operator, Tensor], Tensor], damping: float | None
     ) -> Vector:
         """Apply a function per block; ``damping`` says what becomes of entries outside all blocks, where F is zero."""
         self._check(v)
@@ -368,7 +230,7 @@ class Curvature:
         return made
 
 
-def _drop(made: dict[str, tuple[Block, BlockOperator]], reasons: dict[str, str]) -> None:
+def _drop(made: dict[str, tuple[Block, Operator]], reasons: dict[str, str]) -> None:
     """Take out blocks that share a parameter with one that has no statistics: of half a parameter there is no F."""
     while True:
         halves = [block for block, _ in made.values() if any(name in reasons for name in block.parameters)]

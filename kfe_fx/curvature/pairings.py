@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Pairing(ABC):
     """One use of a weight. ``weight``, ``bias`` and ``data`` are nodes; ``bias`` may be None.
 
     ``has_column`` tells whether the bias is a homogeneous coordinate of the right rows, ``sparse`` whether the left
-    rows are one-hot. Unless said otherwise the weight reads as [K, o, i] in its own order, K and o along dim 0.
+    rows are one-hot, ``chained`` whether the positions are steps of a sequence. Unless said otherwise the weight reads
+    as [K, o, i] in its own order, K and o along dim 0.
     """
 
     weight: fx.Node
@@ -45,6 +46,7 @@ class Pairing(ABC):
 
     groups: int = 1
     sparse = False
+    chained = False
 
     @property
     def has_column(self) -> bool:
@@ -81,6 +83,15 @@ class Pairing(ABC):
         """Count the positions R of one example; ``rows`` is K·o."""
         return grad.numel() // rows
 
+    @property
+    def counting(self) -> fx.Node | None:
+        """The node that says how many steps of each sequence count, [N], or None."""
+        return None
+
+    def bounded(self, pairs: Pairs, data: Tensor, lengths: Tensor | None) -> Pairs:
+        """Return the pairs of ``data`` without positions that do not count; ``lengths`` [n, ...]: see ``counting``."""
+        return pairs
+
 
 def _pairs(left: Tensor | OneHot, right: Tensor, given: str) -> Pairs:
     return Pairs(left, right, ((right.shape[2], given),))
@@ -94,6 +105,51 @@ class Linear(Pairing):
         """Count all dims between the example and the feature as positions."""
         right, left = (side.reshape(1, len(side), -1, side.shape[-1]) for side in (data, grad))
         return _pairs(left, with_ones(right) if ones else right, "right")
+
+
+@dataclass(frozen=True)
+class Steps(Linear):
+    """``Linear`` at each step of sequences [N, T, i] (or [T, N, i]): see ``recurrent_product``.
+
+    ``whole``: the examples are not told apart, so that both dims are still there. A step that is padding, or whose
+    input is zero because it is the first (``from_zero``), does not count.
+    """
+
+    lengths: fx.Node | None = None
+    reverse: bool = False
+    batch_first: bool = True
+    from_zero: bool = False
+    whole: bool = False
+
+    chained = True
+
+    @property
+    def counting(self) -> fx.Node | None:
+        """The node of the lengths."""
+        return self.lengths
+
+    def _ordered(self, value: Tensor) -> Tensor:
+        """Bring [1, T, N, .] to [1, N, T, .]."""
+        return value.transpose(1, 2) if self.whole and not self.batch_first else value
+
+    def pairs(self, data: Tensor, grad: Tensor, ones: bool) -> Pairs:
+        """Count sequences of an example, then their steps, as positions."""
+        data = self._ordered(data)
+        steps = data.shape[-2]
+        made = super().pairs(data, self._ordered(grad), ones)
+        return replace(made, chains=(steps,) * (data[0, ..., 0].numel() // steps))
+
+    def bounded(self, pairs: Pairs, data: Tensor, lengths: Tensor | None) -> Pairs:
+        """Zero the rows of steps that do not count."""
+        if lengths is None and not self.from_zero:
+            return pairs
+        shape = self._ordered(data).shape[:-1]  # [n, ..., T]
+        clock = torch.arange(shape[-1], device=data.device)
+        ends = clock.new_tensor(shape[-1]) if lengths is None else lengths.to(data.device).unsqueeze(-1)
+        valid = clock < ends
+        if self.from_zero:
+            valid = valid & (clock != (ends - 1 if self.reverse else 0))
+        return pairs.masked(valid.expand(shape).reshape(shape[0], -1))
 
 
 @dataclass(frozen=True)

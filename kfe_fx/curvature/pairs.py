@@ -8,7 +8,7 @@ embedding ``left`` is one-hot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,23 +33,35 @@ class Pairs:
     """Rows of n examples: ``left`` [K, n, R, o] (or one-hot) and ``right`` [K, n, R, i].
 
     ``given`` says per run of positions, (how many, side), which side holds what went in ("left" or "right"); the other
-    holds gradients.
+    holds gradients. ``valid`` [n, R] tells which positions there are (padding has rows of zeros); None: all.
+    ``chains`` are the runs of positions that are steps of one sequence, in their order: how many each; () where
+    positions have no order.
     """
 
     left: Tensor | OneHot
     right: Tensor | OneHot
     given: tuple[tuple[int, str], ...] = ()
+    valid: Tensor | None = None
+    chains: tuple[int, ...] = ()
 
     def swapped(self) -> Pairs:
         """Return the pairs of the transposed matrix."""
         turned = {"left": "right", "right": "left"}
-        return Pairs(self.right, self.left, tuple((count, turned[side]) for count, side in self.given))
+        given = tuple((count, turned[side]) for count, side in self.given)
+        return replace(self, left=self.right, right=self.left, given=given)
 
     def padded(self) -> Pairs:
         """Append a coordinate that is zero to the right rows: this use has no bias where another has one."""
         assert isinstance(self.right, Tensor)
         zero = self.right.new_zeros(1).expand(*self.right.shape[:-1], 1)
-        return Pairs(self.left, torch.cat([self.right, zero], -1), self.given)
+        return replace(self, right=torch.cat([self.right, zero], -1))
+
+    def masked(self, valid: Tensor) -> Pairs:
+        """Zero the rows where ``valid`` [n, R] is false."""
+        assert isinstance(self.left, Tensor)
+        assert isinstance(self.right, Tensor)
+        weight = valid.unsqueeze(-1)
+        return replace(self, left=self.left * weight, right=self.right * weight, valid=valid)
 
     def gradients(self, side: str) -> Tensor | OneHot | None:
         """Return the rows of one side that are gradients, or None where there are none."""
@@ -60,8 +72,36 @@ class Pairs:
         if kinds == {False}:
             return None
         assert isinstance(rows, Tensor)
-        keep = torch.tensor([given != side for count, given in self.given for _ in range(count)], device=rows.device)
-        return rows[:, :, keep]
+        return rows[:, :, self._gradient_rows(side).to(rows.device)]
+
+    def lagged(self, side: str, *, gradients: bool) -> tuple[Tensor, Tensor]:
+        """Return the rows of one side at each step and at the step before, [K, n, R - 1, .]; zeros between chains.
+
+        With ``gradients`` those alone that are gradients.
+        """
+        rows = self.left if side == "left" else self.right
+        assert isinstance(rows, Tensor)
+        ends = torch.tensor([step == count - 1 for count in self._runs() for step in range(count)])
+        follows = ~ends[:-1]
+        if gradients:
+            kept = self._gradient_rows(side)
+            follows &= kept[1:] & kept[:-1]
+        return rows[:, :, 1:] * follows.to(rows.device).unsqueeze(-1), rows[:, :, :-1]
+
+    def chain_lengths(self) -> Tensor:
+        """Count the chains by how many of their steps are valid, [L + 1]."""
+        n = self.left.index.shape[0] if isinstance(self.left, OneHot) else self.left.shape[1]
+        runs = self._runs()
+        if self.valid is None:
+            return n * torch.bincount(torch.tensor(runs)).double()
+        counts = torch.stack([part.sum(1) for part in self.valid.split(list(runs), 1)])
+        return torch.bincount(counts.flatten()).double()
+
+    def _runs(self) -> tuple[int, ...]:
+        return self.chains or (1,) * _positions(self)
+
+    def _gradient_rows(self, side: str) -> Tensor:
+        return torch.tensor([given != side for count, given in self.given for _ in range(count)])
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return both sides as tensors."""
@@ -77,12 +117,31 @@ def joined(parts: list[Pairs]) -> Pairs:
     if len(parts) == 1:
         return parts[0]
     given = tuple(run for part in parts for run in part.given)
+    masked = any(part.valid is not None for part in parts)
+    valid = torch.cat([_valid(part) for part in parts], 1) if masked else None
+    chained = any(part.chains for part in parts)
+    chains = tuple(run for part in parts for run in part._runs()) if chained else ()
     if all(isinstance(part.left, OneHot) for part in parts):
         indices = [part.left.index for part in parts]  # type: ignore[union-attr]
         left: Tensor | OneHot = OneHot(torch.cat(indices, 1), parts[0].left.size)  # type: ignore[union-attr]
         return Pairs(left, torch.cat([part.right for part in parts], 2), given)  # type: ignore[arg-type]
     dense = [part.dense() for part in parts]
-    return Pairs(torch.cat([one for one, _ in dense], 2), torch.cat([other for _, other in dense], 2), given)
+    left, right = (torch.cat(side, 2) for side in zip(*dense, strict=True))
+    return Pairs(left, right, given, valid, chains)
+
+
+def _positions(part: Pairs) -> int:
+    return part.left.index.shape[1] if isinstance(part.left, OneHot) else part.left.shape[2]
+
+
+def _valid(part: Pairs) -> Tensor:
+    if part.valid is not None:
+        return part.valid
+    for side in (part.left, part.right):
+        if isinstance(side, OneHot):
+            return side.index >= 0
+    assert isinstance(part.left, Tensor)
+    return part.left.new_ones(part.left.shape[1:3], dtype=torch.bool)
 
 
 def with_ones(right: Tensor) -> Tensor:

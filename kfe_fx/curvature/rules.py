@@ -15,11 +15,13 @@ from kfe_fx.curvature.pairings import (
     Embedding,
     Linear,
     Pairing,
+    Steps,
     TransposedConvolution,
     pairing,
 )
 from kfe_fx.labels.contraction import einsum_terms
 from kfe_fx.labels.registry import overloads
+from kfe_fx.recurrent.opened import PRODUCT
 
 aten = torch.ops.aten
 
@@ -56,6 +58,32 @@ def linear(look: Look, node: fx.Node) -> Pairing | None:
     if layout is not None and layout.dim == rank - 1:
         return None
     return Linear(weight, bias, data)  # type: ignore[arg-type]
+
+
+@pairing(PRODUCT)
+def steps(look: Look, node: fx.Node) -> Pairing | None:
+    """See ``Steps``; the examples lie along the sequences, or are not told apart."""
+    data, weight = node.args[:2]
+    if look.fixed(data) or not look.fixed(weight):  # type: ignore[arg-type]
+        return None
+    bias, lengths, batch_first = (
+        argument(node, 2, "bias"),
+        argument(node, 3, "lengths"),
+        node.kwargs.get("batch_first", True),
+    )
+    layout = look.layout(data)  # type: ignore[arg-type]
+    if layout is not None and layout.dim != (0 if batch_first else 1):
+        return None
+    return Steps(
+        weight,  # type: ignore[arg-type]
+        bias,
+        data,  # type: ignore[arg-type]
+        lengths=lengths,
+        reverse=bool(node.kwargs.get("reverse", False)),
+        batch_first=bool(batch_first),
+        from_zero=bool(node.kwargs.get("from_zero", False)),
+        whole=layout is None,
+    )
 
 
 @pairing(aten.embedding.default)

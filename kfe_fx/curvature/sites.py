@@ -14,15 +14,17 @@ from kfe_fx.curvature import rules as _rules  # registers the pairings
 from kfe_fx.curvature.direct import CONTRIBUTIONS
 from kfe_fx.curvature.examples import Examples
 from kfe_fx.curvature.layout import Layout
-from kfe_fx.curvature.operands import Operand, Operands, draws
+from kfe_fx.curvature.operands import UNREACHED, Operand, Operands, draws
 from kfe_fx.curvature.pairings import PAIRINGS, Pairing
 from kfe_fx.labels.analysis import analysis_sizes
 from kfe_fx.program import Program
+from kfe_fx.recurrent.opened import STATES
 from kfe_fx.shapes import propagate_all
 
 assert _rules
 
 Missing = Callable[[str, str], object]
+_SILENT = {STATES, *UNREACHED}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Look:
         """Find the operations where parameters meet what depends on the examples; tell ``missing`` what has no site."""
         found: list[Site] = []
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "get_attr") or self.fixed(node):
+            if node.op in ("placeholder", "get_attr") or self.fixed(node) or node.target in _SILENT:
                 continue
             tensors = [arg for arg in node.all_input_nodes if self.is_tensor(arg)]  # a size of a parameter is none
             operands = [operand for arg in tensors if (operand := self.operands.of(arg)) is not None]

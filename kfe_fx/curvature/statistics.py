@@ -6,7 +6,7 @@ Each statistic is a sum with its counts, so that it adds over batches, shards an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from kfe_fx.curvature.blocks import Block
 from kfe_fx.curvature.kernels import add_gram, add_second_moments
 from kfe_fx.curvature.pairs import OneHot, Pairs
+from kfe_fx.curvature.temporal import OPTIONS
 
 EXPAND, REDUCE = "expand", "reduce"
+SHARINGS = (EXPAND, REDUCE, *OPTIONS)
 MAX_DENSE = 8192  # wider sides keep their diagonal
 
 
@@ -48,12 +50,18 @@ class FactorSums:
     ``A`` [K, i, i] and ``G`` [K, o, o] are upper block triangles (or diagonals [K, i] where a side is wide or one-hot);
     ``rows`` counts what A is averaged over, ``examples`` what G is. expand: A = sum a a^T / (N R), G = sum g g^T / N
     (Eschenhagen et al. 2023; the product is that of KFC, Grosse & Martens 2016). reduce: both are means over examples.
+
+    Of steps of sequences, where it is asked for, ``A1`` and ``G1`` are the same of each step and the one before it
+    (not symmetric), and ``lengths`` [L + 1] counts the sequences that have so many steps.
     """
 
     A: Tensor
     G: Tensor
     rows: float = 0.0
     examples: float = 0.0
+    A1: Tensor | None = None
+    G1: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass
@@ -61,7 +69,8 @@ class Factors(Statistic):
     """Kronecker factors A and G of each block with pairs of rows.
 
     ``sharing`` says how the positions r of an example count: "expand" treats each as an example, "reduce" averages the
-    inputs and sums the gradients of an example first.
+    inputs and sums the gradients of an example first; "rnn1" and "rnn2" are "expand" and, of steps of sequences, what
+    neighbours have in common.
     """
 
     sharing: str = EXPAND
@@ -89,6 +98,37 @@ class Factors(Statistic):
             _add_side(sums.A, right, "mean" if self.sharing == REDUCE else "")
         if left is not None:
             _add_side(sums.G, left, "sum" if self.sharing == REDUCE else "")
+        if self.sharing in OPTIONS and has_steps(block):
+            _add_neighbours(sums, pairs, first)
+
+
+def has_steps(block: Block) -> bool:
+    """Tell whether positions of a block are steps of sequences, and whole factors are kept of both sides."""
+    uses = [use.site.pairing for found in block.uses.values() for use in found]
+    narrow = max(block.shape[1:]) <= MAX_DENSE and all(one is not None and not one.sparse for one in uses)
+    return narrow and any(one is not None and one.chained for one in uses)
+
+
+def _add_neighbours(sums: FactorSums, pairs: Pairs, first: bool) -> None:
+    """Add ``sum_t a_t a_{t-1}^T`` (on the first pass, or where they are gradients), the same of g, and the lengths."""
+    if sums.A1 is None or sums.G1 is None:
+        sums.A1, sums.G1 = torch.zeros_like(sums.A), torch.zeros_like(sums.G)
+    for total, side in ((sums.A1, "right"), (sums.G1, "left")):
+        if first or any(given != side for _, given in pairs.given):
+            now, before = pairs.lagged(side, gradients=not first)
+            total.baddbmm_(now.flatten(1, 2).transpose(1, 2), before.flatten(1, 2))
+    if first:
+        sums.lengths = added_lengths(sums.lengths, pairs.chain_lengths())
+
+
+def added_lengths(one: Tensor | None, other: Tensor) -> Tensor:
+    """Add two counts of lengths, of which the other may be longer."""
+    if one is None:
+        return other
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    made = longer.clone()
+    made[: len(shorter)] += shorter.to(made)
+    return made
 
 
 def _count(rows: Tensor | OneHot) -> tuple[int, int]:
@@ -103,6 +143,12 @@ def _unpadded(pairs: Pairs, mean: bool) -> tuple[Pairs, int]:
     With ``mean`` right rows are scaled, so that their mean over all positions is that over those left.
     """
     n, positions = _count(pairs.right)
+    if pairs.valid is not None and isinstance(pairs.right, Tensor):  # its rows are zeros already
+        left = int(pairs.valid.sum())
+        if not mean:
+            return pairs, left
+        scale = positions / pairs.valid.sum(1).clamp_min(1).to(pairs.right.dtype)
+        return replace(pairs, right=pairs.right * scale.view(1, -1, 1, 1)), left
     hot, other = (pairs.left, pairs.right) if isinstance(pairs.left, OneHot) else (pairs.right, pairs.left)
     if not isinstance(hot, OneHot) or not isinstance(other, Tensor):
         return pairs, n * positions
@@ -112,10 +158,10 @@ def _unpadded(pairs: Pairs, mean: bool) -> tuple[Pairs, int]:
         return pairs, left
     weight = valid.to(other.dtype).unsqueeze(-1)  # [n, R, 1]
     if hot is pairs.right:
-        return Pairs(other * weight, hot, pairs.given), left
+        return replace(pairs, left=other * weight), left
     if mean:
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1) * positions
-    return Pairs(hot, other * weight, pairs.given), left
+    return replace(pairs, right=other * weight), left
 
 
 def empty_factors(block: Block, like: Tensor) -> FactorSums:

@@ -15,14 +15,16 @@ from kfe_fx.curvature.blocks import Blocks
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.kernels import symmetric
-from kfe_fx.curvature.statistics import Basis, Factors, Moments, Running
+from kfe_fx.curvature.statistics import Basis, Factors, Moments, Running, added_lengths
+from kfe_fx.curvature.temporal import Lagged
 from kfe_fx.errors import UsageError
 from kfe_fx.program import Program
 
 if TYPE_CHECKING:
     from kfe_fx.curvature.operators import Curvature
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, FORMAT)  # files of version 1 have no statistics of neighbouring steps
 
 
 @dataclass
@@ -31,7 +33,8 @@ class BlockStore:
 
     ``sums`` holds A [K, i, i] and G [K, o, o] (upper block triangles, or diagonals), S [K, o, i] (squares in the
     eigenbasis) and D [K, o, i] (squares of the parameters' gradients); ``counts`` what to divide them by; ``basis``
-    U_A, U_G (columns are eigenvectors) with lam_A, lam_G.
+    U_A, U_G (columns are eigenvectors) with lam_A, lam_G. Where steps of sequences were looked at there are A1, G1 (as
+    A, G, of each step and the one before) and lengths [L + 1], how many sequences have so many steps.
     """
 
     kind: str
@@ -65,6 +68,14 @@ class BlockStore:
     def G(self) -> Tensor | None:
         """Second moment of the left rows (gradients) per example, [K, o, o] or its diagonal [K, o]."""
         return self._mean("G", "examples")
+
+    @property
+    def lagged(self) -> Lagged | None:
+        """A and G with what neighbouring steps have in common, or None where that was not measured."""
+        A, G, A1, G1 = self.A, self.G, self._mean("A1", "rows"), self._mean("G1", "examples")
+        if A is None or G is None or A1 is None or G1 is None or "lengths" not in self.sums:
+            return None
+        return Lagged(A, G, A1, G1, self.sums["lengths"])
 
     @property
     def S(self) -> Tensor | None:
@@ -114,6 +125,10 @@ class Store:
             block = self.blocks[name]
             _add(block.sums, "A", sums.A)
             _add(block.sums, "G", sums.G)
+            if sums.A1 is not None and sums.G1 is not None and sums.lengths is not None:
+                _add(block.sums, "A1", sums.A1)
+                _add(block.sums, "G1", sums.G1)
+                _add(block.sums, "lengths", sums.lengths)
             _count(block.counts, rows=sums.rows, examples=sums.examples)
 
     def add_diagonal(self, moments: Moments) -> None:
@@ -146,20 +161,20 @@ class Store:
 
     def complete(self, *, moments: bool) -> None:
         """Make zero sums where this process has seen nothing of what others have, so that all can add."""
-        keys = ("S", "S_ra") if moments else ("A", "G", "D")
+        keys = ("S", "S_ra") if moments else ("A", "G", "A1", "G1", "D", "lengths")
         mine = {
-            (name, key): block.sums[key].dim()
+            (name, key): tuple(block.sums[key].shape)
             for name, block in self.blocks.items()
             for key in keys
             if key in block.sums
         }
         for theirs in Group.current().gather(mine):
-            for (name, key), dims in theirs.items():
-                block = self.blocks[name]
-                if key not in block.sums:
-                    groups, high, wide = block.shape
-                    side = {"A": (wide, wide), "G": (high, high)}.get(key, (high, wide))
-                    block.sums[key] = block.like.new_zeros((groups, *side)[:dims])
+            for (name, key), shape in theirs.items():
+                held, like = self.blocks[name].sums, self.blocks[name].like
+                if key == "lengths":
+                    held[key] = added_lengths(held.get(key), like.new_zeros(shape, dtype=torch.float64))
+                elif key not in held:
+                    held[key] = like.new_zeros(shape)
 
     def decompose(self, group: Group | None = None) -> None:
         """Compute eigenbases of all factors, in float64, spread over the ranks of a process group."""
@@ -300,7 +315,11 @@ class Store:
 
 
 def _add(held: dict[str, Tensor], key: str, value: Tensor) -> None:
-    held[key] = held[key] + value if key in held else value
+    if key == "lengths":
+        value = added_lengths(held.get(key), value)
+    elif key in held:
+        value = held[key] + value
+    held[key] = value
 
 
 def _count(counts: dict[str, float], **more: float) -> None:
@@ -320,9 +339,9 @@ def _merged(name: str, mine: BlockStore, theirs: BlockStore) -> BlockStore:
         )
     if same:
         total.basis = dict(mine.basis)
-    for key in mine.sums.keys() | theirs.sums.keys():
-        parts = [block.sums[key] for block in (mine, theirs) if key in block.sums]
-        total.sums[key] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    for block in (mine, theirs):
+        for key, value in block.sums.items():
+            _add(total.sums, key, value)
     for key in mine.counts.keys() | theirs.counts.keys():
         total.counts[key] = mine.counts.get(key, 0.0) + theirs.counts.get(key, 0.0)
     return total

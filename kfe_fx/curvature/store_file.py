@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfe_fx.curvature.store import FORMAT, BlockStore, Store
+from kfe_fx.curvature.store import FORMAT, READS, BlockStore, Store
 from kfe_fx.errors import BadFile
 from kfe_fx.format.atomic import replacing
 from kfe_fx.format.fields import Malformed, distinct, dump, integer, items, parse, record, table, text, texts
 
 _KEY = "kfe_fx_curvature"  # one key: safetensors writes several in any order
 _LARGEST = 2**48  # entries of a side
-_SUMS = {"A": "ii", "G": "oo", "S": "oi", "S_ra": "oi", "D": "oi"}
+_SUMS = {"A": "ii", "G": "oo", "A1": "ii", "G1": "oo", "S": "oi", "S_ra": "oi", "D": "oi", "lengths": ""}
 _BASIS = {"U_A": "ii", "U_G": "oo", "lam_A": "i", "lam_G": "o"}
 _COUNTS = ("rows", "examples", "S_examples", "D_examples", "batches")
 
@@ -95,7 +95,7 @@ def _checksum(words: str, tensors: dict[str, Tensor]) -> str:
 def _store(document: Any, tensors: dict[str, Tensor]) -> Store:
     found = record(document, "metadata", ("graph", "weights", "facts", "blocks"))
     facts = table(found["facts"], "facts")
-    if facts.get("format") != FORMAT:
+    if facts.get("format") not in READS:
         raise Malformed(f"format {facts.get('format')!r}, this version reads {FORMAT}")
     store = Store(text(found["graph"], "graph"), text(found["weights"], "weights"), {}, facts)
     told = [_block(value) for value in items(found["blocks"], "blocks")]
@@ -134,6 +134,10 @@ def _block(value: Any) -> tuple[str, BlockStore]:
 
 def _check(key: str, name: str, tensor: Tensor, shape: tuple[int, int, int]) -> None:
     groups, high, wide = shape
+    if name == "lengths":
+        if tensor.dim() != 1 or tensor.dtype is not torch.float64 or not bool((tensor >= 0).all()):
+            raise Malformed(f"the tensor {key} is no count of lengths")
+        return
     sides = [{"o": high, "i": wide}[letter] for letter in (_SUMS | _BASIS)[name]]
     allowed = {(groups, *sides)}
     if name in "AG":

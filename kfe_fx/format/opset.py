@@ -120,7 +120,13 @@ _OTHERS = {
     "torchvision": frozenset({"nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"}),
 }
 # Operations of this package that stand in graphs, and the module that registers each.
-OWN: dict[str, str] = {"tap": "kfe_fx.taps", "recurrent": "kfe_fx.recurrent.op"}
+OWN: dict[str, str] = {
+    "tap": "kfe_fx.taps",
+    "recurrent": "kfe_fx.recurrent.op",
+    **dict.fromkeys(
+        ("recurrent_states", "recurrent_product", "recurrent_opened", "recurrent_rows"), "kfe_fx.recurrent.opened"
+    ),
+}
 
 # The only writes: a graph ends with its buffers' new values.
 _WRITES = frozenset({"aten.copy_.default", "aten.add_.Tensor"})

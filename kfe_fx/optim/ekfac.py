@@ -12,7 +12,8 @@ from kfe_fx.curvature.blocks import Block
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.observation import Observation
 from kfe_fx.curvature.pairs import OneHot, Pairs
-from kfe_fx.curvature.statistics import Basis, Moments, MomentSums
+from kfe_fx.curvature.statistics import EXPAND, REDUCE, Basis, Factors, Moments, MomentSums
+from kfe_fx.errors import UsageError
 from kfe_fx.optim import truncated
 from kfe_fx.optim.moving import Moving, decompose, share
 from kfe_fx.optim.preconditioned import EMPIRICAL, MEAN, Preconditioned
@@ -41,7 +42,8 @@ class EKFAC(Preconditioned):
     With the source "empirical" S* is that of the loss's own gradients: free, but it sees the signal as noise early in
     training. With "sampled" it is the Fisher of the model, for one more backward pass without weight gradients.
 
-    In training mode batch norm couples the examples; S* is then of the total derivative by each row.
+    In training mode batch norm couples the examples; S* is then of the total derivative by each row. Recurrent layers
+    run step by step while a loss is differentiated; the gradient of an example is the sum over its steps.
 
     Example:
         >>> optimizer = kfe_fx.optim.EKFAC(program)
@@ -53,6 +55,7 @@ class EKFAC(Preconditioned):
     """
 
     tracks = True  # whether S* follows the data between two bases
+    sharings: tuple[str, ...] = (EXPAND, REDUCE)
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class EKFAC(Preconditioned):
         accumulation: int = 1,
         loss_scale: float = 1.0,
         fallback_lr: float = 1e-3,
+        sharing: str = EXPAND,
         seed: int = 0,
     ) -> None:
         """Attach to a Program.
@@ -98,13 +102,17 @@ class EKFAC(Preconditioned):
             loss_scale: what the loss times makes a negative log-likelihood, 1 for cross-entropy, half the number of
                 outputs for their mean square error: lr is measured in that, and kl_clip is multiplied by it.
             fallback_lr: of the AdamW steps for parameters that no block captures.
+            sharing: how the factors count positions that share weights, "expand" or "reduce" (see ``FactorSums``); S*
+                is that of whole examples in either basis.
             seed: of the labels that are drawn.
 
         Raises:
             UsageError: an argument has a value that means nothing.
         """
+        if sharing not in self.sharings:
+            raise UsageError(f"there is no sharing {sharing!r} here; choose {', '.join(self.sharings)}")
         self.rank = rank
-        self._moving = Moving(decay)
+        self._moving = Moving(decay, Factors(sharing))
         self._moments: dict[str, Moments] = {}
         self._rotated: dict[str, Tensor] = {}
         self._eps = 0.0

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kfe_fx.curvature.blocks import Block
 from kfe_fx.curvature.distributed import Group
+from kfe_fx.curvature.statistics import SHARINGS
+from kfe_fx.curvature.temporal import OPTIONS, Inverse
 from kfe_fx.errors import UsageError
 from kfe_fx.optim.ekfac import EKFAC
-from kfe_fx.optim.moving import factor
+from kfe_fx.optim.moving import factor, lagged
 from kfe_fx.program import Program
 
 
@@ -22,11 +24,13 @@ class KFAC(EKFAC):
         damping_kind="factored":  update = (G + sqrt(eps)/pi I)^{-1} grad (A + pi sqrt(eps) I)^{-1},
                                   pi = sqrt( (tr A / dim A) / (tr G / dim G) ), 1 where a trace is zero
 
-    The rest, ``eps`` too, is as in ``EKFAC``, whose arguments it takes; S* is not
-    tracked.
+    With the ``sharing`` "rnn1" or "rnn2" weights that are shared over the steps of sequences have a model of how these
+    are correlated (Martens, Ba & Johnson 2018; ``kfe_fx.curvature.temporal``), damped by factors. The rest, ``eps``
+    too, is as in ``EKFAC``, whose arguments it takes; S* is not tracked.
     """
 
     tracks = False
+    sharings = SHARINGS
 
     def __init__(self, program: Program, params: Any = None, *, damping_kind: str = "exact", **options: Any) -> None:
         """Attach to a Program; see ``EKFAC``.
@@ -36,6 +40,8 @@ class KFAC(EKFAC):
         """
         if damping_kind not in ("exact", "factored"):
             raise UsageError(f"there is no damping_kind {damping_kind!r}; choose exact or factored")
+        if options.get("sharing") in OPTIONS and damping_kind != "factored":
+            raise UsageError(f"sharing={options['sharing']!r} is damped by factors; take damping_kind='factored'")
         if damping_kind == "factored" and options.get("rank") is not None:
             raise UsageError("factored damping needs whole factors; leave out rank, or take damping_kind='exact'")
         self.damping_kind = damping_kind
@@ -56,8 +62,11 @@ class KFAC(EKFAC):
         state = self.block_state(block)
         if self.damping_kind == "exact" or "traces" not in state:
             return super()._precondition(block, grad)
-        if block.name in self._stale or "inverse_A" not in state:
+        if block.name in self._stale or ("inverse_A" not in state and "inverse" not in state):
             self._invert(block, state)
+        if "inverse" in state:
+            update = Inverse(**state["inverse"]).apply(grad)
+            return update, (update * grad).sum()
         A, G = state["inverse_A"], state["inverse_G"]
         made = torch.bmm(G, grad) if G.dim() == 3 else G.unsqueeze(2) * grad
         update = torch.bmm(made, A) if A.dim() == 3 else made * A.unsqueeze(1)
@@ -66,7 +75,12 @@ class KFAC(EKFAC):
     def _invert(self, block: Block, state: dict[str, Any]) -> None:
         self._stale.discard(block.name)
         A, G = factor(state, "A"), factor(state, "G")
+        sharing = self._moving.sums.sharing
         eps = A.new_tensor(self._eps * self._groups[id(self.program.tensor(block.weight))]["damping"])
+        if sharing in OPTIONS and "A1" in state:
+            found = lagged(state).damped(float(eps)).inverse(sharing)
+            state["inverse"] = {"terms": found.terms, "weight": found.weight}
+            return
         means = [total / width for total, width in zip(state["traces"], (A.shape[-1], G.shape[-1]), strict=True)]
         live = (means[0] > 0) & (means[1] > 0)
         pi = torch.where(live, (means[0] / means[1].where(live, 1.0)).sqrt(), 1.0)

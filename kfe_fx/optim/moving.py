@@ -13,7 +13,8 @@ from kfe_fx.curvature.blocks import Block
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.eigen import eigenbasis
 from kfe_fx.curvature.kernels import symmetric
-from kfe_fx.curvature.statistics import Factors, FactorSums, empty_factors
+from kfe_fx.curvature.statistics import Factors, FactorSums, added_lengths, empty_factors, has_steps
+from kfe_fx.curvature.temporal import OPTIONS, Lagged
 
 
 @dataclass
@@ -34,9 +35,17 @@ class Moving:
             return False
         if sums is None:  # another rank has seen something
             sums = empty_factors(block, like)
-        group.sum([sums.A, sums.G])
+        lagged = self.sums.sharing in OPTIONS and has_steps(block)
+        if lagged and sums.A1 is None:
+            sums.A1, sums.G1 = torch.zeros_like(sums.A), torch.zeros_like(sums.G)
+        neighbours = [one for one in (sums.A1, sums.G1) if one is not None]
+        group.sum([sums.A, sums.G, *neighbours])
         sums.rows, sums.examples = group.sum_number(sums.rows), examples
-        for key, total, count in (("A", sums.A, sums.rows), ("G", sums.G, sums.examples)):
+        counted = [("A", sums.A, sums.rows), ("G", sums.G, sums.examples)]
+        if lagged:
+            counted += zip(("A1", "G1"), neighbours, (sums.rows, sums.examples), strict=True)
+            self._follow_lengths(state, group, sums)
+        for key, total, count in counted:
             if key in state:
                 state[key].mul_(self.decay).add_(total, alpha=(1 - self.decay) / count)
             else:
@@ -44,11 +53,27 @@ class Moving:
         state["weight"] = self.decay * state.get("weight", 0.0) + (1 - self.decay)
         return True
 
+    def _follow_lengths(self, state: dict[str, Any], group: Group, sums: FactorSums) -> None:
+        """Move the share of sequences that have so many steps, of which there may be more now."""
+        found = sums.A.new_zeros(1) if sums.lengths is None else sums.lengths.to(sums.A)
+        total = None
+        for each in group.gather(found):
+            total = added_lengths(total, each.to(found))
+        assert total is not None
+        before = state.get("lengths", total.new_zeros(1))
+        state["lengths"] = added_lengths(before * self.decay, total * ((1 - self.decay) / sums.examples))
+
 
 def factor(state: dict[str, Any], key: str) -> Tensor:
     """Return a moving average, symmetric [K, d, d] or diagonal [K, d], corrected for its start."""
     total: Tensor = state[key]
     return (symmetric(total) if total.dim() == 3 else total) / state["weight"]
+
+
+def lagged(state: dict[str, Any]) -> Lagged:
+    """Return what a temporal operator is made of, as moving averages corrected for their start."""
+    A1, G1 = (state[key] / state["weight"] for key in ("A1", "G1"))
+    return Lagged(factor(state, "A"), factor(state, "G"), A1, G1, state["lengths"])
 
 
 def decompose(state: dict[str, Any], keys: Iterable[str] = ("A", "G")) -> None:

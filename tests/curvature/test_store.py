@@ -295,7 +295,7 @@ def test_a_process_that_saw_nothing_adds_zeros_of_the_right_sizes(monkeypatch: p
     empty = Store.of(made.program, made.blocks)
     for moments, keys in ((False, "AGD"), (True, "S")):
         told = {
-            (block, key): value.dim()
+            (block, key): tuple(value.shape)
             for block, held in full.blocks.items()
             for key, value in held.sums.items()
             if key in keys

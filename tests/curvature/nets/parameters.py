@@ -53,6 +53,14 @@ def two_ways() -> nn.Module:
     return Net(lambda m, x: F.linear(x, m.weight) * m.weight.sum(1), weight=torch.randn(5, 4))
 
 
+@case("a parameter that is also read without a gradient", randn(N, 4))
+def read_only() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.linear(x, m.weight) * m.weight.detach().sum(1) + torch.ones_like(m.weight)[:, 0]
+
+    return Net(forward, weight=torch.randn(5, 4))
+
+
 @case("a threshold that only decides", randn(N, 4))
 def threshold() -> nn.Module:
     return Net(lambda m, x: m.layer(x) * (x[:, :1] > m.limit), limit=torch.zeros(1), layer=nn.Linear(4, 3))
