@@ -49,7 +49,9 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
     call = read_call(module, example_inputs)
     requested = read_axes(call, dynamic_axes)
     if dynamic_axes is None and has_recurrent_layers(module):
-        requested = _sequence_axes(module, call, requested)
+        program = _capture(module, call, _sequence_axes(module, call, requested), explicit=False)
+        if program.axes and _runs_at_other_sizes(program):
+            return program
     program = _capture(module, call, requested, explicit=dynamic_axes is not None)
     if program.axes and not _runs_at_other_sizes(program):
         if dynamic_axes is not None:

@@ -209,23 +209,32 @@ def loops_of_cells(graph: fx.Graph) -> list[str]:
 
 
 def axes_of_sequences(exported: Any, names: tuple[str, ...], shapes: list[torch.Size]) -> dict[str, dict[int, str]]:
-    """Name the dims of the inputs that recurrent layers count sequences ("batch") and steps ("time") by."""
-    symbols: dict[str, str] = {}
-    taken: dict[str, int] = {}
+    """Name the dims of the inputs that recurrent layers count sequences ("batch") and steps ("time") by.
+
+    Where sequences are made of both (the rows of each image), dim 0 counts examples and the others time.
+    """
+    sizes: dict[str, list[Any]] = {"time": [], "batch": []}
     for node in _opaque_nodes(exported.graph_module):
-        first = 1 if node.kwargs.get("batch_first", True) else 0
         value: Any = node.args[0]
-        shape = value.meta["val"].shape
-        for role, size in (("time", shape[first]), ("batch", shape[1 - first])):
-            for symbol in _symbols(size):
-                if symbol not in symbols:
-                    taken[role] = taken.get(role, -1) + 1
-                    symbols[symbol] = role if not taken[role] else f"{role}_{taken[role]}"
+        shape, steps = value.meta["val"].shape, 1 if node.kwargs.get("batch_first", True) else 0
+        sizes["time"].append(shape[steps])
+        sizes["batch"].append(shape[1 - steps])
+    within = {role: {symbol for size in held for symbol in _symbols(size)} for role, held in sizes.items()}
+    whole = {str(size) for size in sizes["batch"] if not isinstance(size, int)}
     found: dict[str, dict[int, str]] = {}
+    by_symbol: dict[str, str] = {}
+    taken: dict[str, int] = {}
     for name, shape in zip(names, shapes, strict=True):
         for dim, size in enumerate(shape):
-            if (text := str(size)) in symbols and not isinstance(size, int):
-                found.setdefault(name, {})[dim] = symbols[text]
+            symbol = str(size)
+            if isinstance(size, int) or symbol not in within["time"] | within["batch"]:
+                continue
+            if symbol not in by_symbol:
+                counts = symbol in within["batch"] and (dim == 0 or symbol in whole)
+                role = "batch" if counts else "time" if symbol in within["time"] else f"{name}_{dim}"
+                taken[role] = taken.get(role, -1) + 1
+                by_symbol[symbol] = role if not taken[role] else f"{role}_{taken[role]}"
+            found.setdefault(name, {})[dim] = by_symbol[symbol]
     return found
 
 

@@ -188,6 +188,25 @@ def test_rows_of_an_image_with_a_channel_of_one() -> None:
     assert program(torch.randn(3, 1, 11, 8)).shape == (3, 4)
 
 
+def test_sequences_of_both_batch_and_steps_keep_their_batch() -> None:
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, chunks, steps, width = x.shape
+            last = self.layer(x.reshape(n * chunks, steps, width))[1][-1]
+            return last.view(n, chunks, -1).mean(1)
+
+    net = Chunks().double()
+    program = capture(net, torch.randn(2, 3, 5, 3).double())
+    assert program.axes == {"x": {0: "batch", 1: "x_1", 2: "time"}}
+    x = torch.randn(4, 2, 7, 3).double()
+    with torch.no_grad():
+        close([program(x)], [net(x)])
+
+
 def test_training_is_that_of_the_source() -> None:
     torch.manual_seed(0)
     net = Wrapped(nn.LSTM(3, 5, num_layers=2, dropout=0.4, batch_first=True)).double()
