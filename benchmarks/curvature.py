@@ -1,6 +1,6 @@
 """What curvature statistics cost, in multiples of a plain forward and backward pass over the same batch.
 
-    python benchmarks/curvature.py [autoencoder resnet transformer attention] [--repeats 5] [--eigh] [--json FILE]
+    python benchmarks/curvature.py [autoencoder resnet transformer attention lstm] [--repeats 5] [--eigh] [--json FILE]
 
 ``factors`` is one pass that adds up A and G (K-FAC, expand), ``S*`` one that adds up the second moments in given
 orthogonal bases (EKFAC): both of the empirical Fisher, the network in evaluation mode. ``plain`` is the mean loss and
@@ -116,7 +116,13 @@ def attention() -> Case:
     return Case(module, torch.randn(32, 64, 64), torch.randint(0, 10, (32,)))
 
 
-NETWORKS = {each.__name__: each for each in (autoencoder, resnet, transformer, attention)}
+def lstm() -> Case:
+    """Build an LSTM of 256 units over the rows of 28x28 images."""
+    module = Layers(nn.LSTM(28, 256, batch_first=True), 256, lambda layer, x: layer(x)[0][:, -1])
+    return Case(module, torch.randn(64, 28, 28), torch.randint(0, 10, (64,)))
+
+
+NETWORKS = {each.__name__: each for each in (autoencoder, resnet, transformer, attention, lstm)}
 
 
 def build(name: str) -> Case:
