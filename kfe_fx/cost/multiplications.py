@@ -139,6 +139,14 @@ def _recurrent(node: fx.Node, shape: ShapeOf) -> list[Product]:
     return [positions * product_of(shape(weight)) for weight in weights]
 
 
+def _cell(node: fx.Node, shape: ShapeOf) -> list[Product]:
+    """Count one step of a cell: W_ih x and W_hh h for every example."""
+    rows = product_of(shape(node.args[0])[:-1])
+    return [rows * product_of(shape(node.args[place])) for place in (2, 3)]
+
+
+_CELLS = {aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
+
 _RULES: dict[Any, Rule] = {
     aten.linear.default: _linear,
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION, _convolution),
@@ -148,4 +156,5 @@ _RULES: dict[Any, Rule] = {
     aten.tensordot.default: _tensordot,
     aten.bilinear.default: _bilinear,
     RECURRENT: _recurrent,
+    **dict.fromkeys(_CELLS, _cell),
 }

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from kfe_fx.criteria.base import Criterion, ScoreContext, register
 from kfe_fx.program import Program
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 aten = torch.ops.aten
 
@@ -79,23 +80,43 @@ def norm_scales(program: Program) -> dict[str, Tensor]:
     """Return for each weight whose outputs all go into one batch norm what that norm multiplies them with.
 
     gamma / sqrt(running_var + eps), shaped to broadcast over the weight: [out, 1, ...] or, for a transposed
-    convolution, [in, out / groups, 1, ...]. A weight that several nodes use is left alone.
+    convolution, [in, out / groups, 1, ...]. A weight that several nodes use is left alone. A recurrent layer that
+    normalises inside multiplies the rows of its weights, with the mean of its variances over the steps.
     """
     scales: dict[str, Tensor] = {}
     seen: set[str] = set()
     for node in program.graphs["eval"].nodes:
-        if node.target not in _OUT_DIM:
-            continue
-        weight = node.args[1]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            continue
-        name = program.names_of(str(weight.target))[0]
-        scale = _scale_behind(program, node) if name not in seen else None
-        scales.pop(name, None)
-        seen.add(name)
-        if scale is not None:
-            scales[name] = _shaped(scale, program.tensor(name), node)
+        for weight, scale in _weights_and_scales(program, node):
+            if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+                continue
+            name = program.names_of(str(weight.target))[0]
+            scales.pop(name, None)
+            if scale is not None and name not in seen:
+                scales[name] = scale
+            seen.add(name)
     return scales
+
+
+def _weights_and_scales(program: Program, node: fx.Node) -> list[tuple[Any, Tensor | None]]:
+    """Return the weights that a node multiplies with, each with what a norm multiplies its outputs with, or None."""
+    if node.target is RECURRENT:
+        call = Arguments.of(node)
+        sides = ((call.weight_ih, call.gamma_ih, call.var_ih), (call.weight_hh, call.gamma_hh, call.var_hh))
+        return [(weight, _scale_inside(program, gamma, var, call.eps)) for weight, gamma, var in sides]
+    if node.target not in _OUT_DIM:
+        return []
+    weight = node.args[1]
+    scale = _scale_behind(program, node)
+    if scale is None or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return [(weight, None)]
+    return [(weight, _shaped(scale, program.tensor(str(weight.target)), node))]
+
+
+def _scale_inside(program: Program, gamma: Any, var: Any, eps: float) -> Tensor | None:
+    if gamma is None or gamma.op != "get_attr" or var.op != "get_attr":
+        return None
+    variance = program.tensor(str(var.target)).double().mean(0)
+    return (program.tensor(str(gamma.target)).detach().double() * torch.rsqrt(variance + eps)).unsqueeze(1)
 
 
 def _scale_behind(program: Program, node: fx.Node) -> Tensor | None:

@@ -132,3 +132,21 @@ def test_what_becomes_a_scan_costs_more():
     assert plain == folded == scalar
     assert stepped > 2 * plain
     assert channels > 2 * plain
+
+
+def test_multiplications_of_cells_at_each_step():
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.long, self.gated, self.plain = nn.LSTMCell(6, 8), nn.GRUCell(8, 5), nn.RNNCell(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, c, g, r = (x.new_zeros(x.shape[0], size) for size in (8, 8, 5, 4))
+            for step in x.unbind(1):
+                h, c = self.long(step, (h, c))
+                g = self.gated(h, g)
+                r = self.plain(g, r)
+            return r
+
+    made = case(Loop(), torch.randn(2, 3, 6))
+    assert made.model.macs() == 3 * (4 * 8 * (6 + 8) + 3 * 5 * (8 + 5) + 4 * (5 + 4))

@@ -11,6 +11,7 @@ from kfe_fx.criteria import ScoreContext, score
 from kfe_fx.criteria.magnitude import norm_scales
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
+from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent
 from tests.criteria.nets import randomise
 
 
@@ -77,3 +78,21 @@ def test_tied_weights_count_once():
     found = magnitude(module, torch.randn(2, 4).double())
     rows, columns = module.first.weight.norm(dim=1), module.last.weight.norm(dim=0)
     np.testing.assert_allclose(found, ((rows + columns) / 2).detach().numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["input", "full"])
+def test_a_scale_that_a_recurrent_layer_takes_back_changes_nothing(mode: str) -> None:
+    torch.manual_seed(0)
+    data = (torch.randn(40, 6, 3).double(), None)
+    program = capture(nn.GRU(3, 5, batch_first=True).double().eval(), torch.randn(2, 6, 3).double())
+    normal = BatchnormRecurrent(data=data, mode=mode, eps=1e-12).run(program).program
+    scales = norm_scales(normal)
+    assert scales.keys() == {"weight_ih_l0"} | ({"weight_hh_l0"} if mode == "full" else set())
+    before = {name: normal.tensor(name) * scales[name] for name in scales}
+    factors = torch.linspace(0.5, 2.0, 15, dtype=torch.float64).unsqueeze(1)
+    with torch.no_grad():  # rows times c, variances times c^2: the same function
+        for name in scales:
+            normal.tensor(name).mul_(factors)
+            normal.tensor(name.replace("weight", "running_var")).mul_(factors.t().square())
+    for name, scale in norm_scales(normal).items():
+        assert float((normal.tensor(name) * scale - before[name]).detach().abs().max()) <= 1e-9
