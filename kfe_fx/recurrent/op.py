@@ -178,18 +178,9 @@ _LIBRARY.impl("recurrent_layer", _opaque, "CUDA")
 torch.library.register_fake("kfe_fx::recurrent_layer", _shapes, lib=_LIBRARY)
 
 
-def to_opaque(graph: fx.Graph) -> int:
-    """Let the opaque twin stand for the operation, in place, for who traces; return how many there were."""
-    return _retarget(graph, RECURRENT, OPAQUE)
-
-
 def from_opaque(graph: fx.Graph) -> int:
-    """Put the operation where its opaque twin stands, in place; return how many there were."""
-    return _retarget(graph, OPAQUE, RECURRENT)
-
-
-def _retarget(graph: fx.Graph, old: Any, new: Any) -> int:
-    found = graph.find_nodes(op="call_function", target=old)
+    """Put the operation where its opaque twin stands in a traced graph, in place; return how many there were."""
+    found = graph.find_nodes(op="call_function", target=OPAQUE)
     for node in found:
-        node.target = new
+        node.target = RECURRENT
     return len(found)
