@@ -4,8 +4,9 @@
     python benchmarks/recurrent_latency.py prune           # models/glyph_rows.pt to 0.5 and 0.25 of its latency
 
 ``forms``: an LSTM of 128, 256 and 512 units over 28 steps of 28: the plain layer, the same with half its units,
-batch-normalised on the input's side and folded, with a scalar norm of the cell state, and batch-normalised throughout
-with statistics of every step (one Scan). Ratios to the plain layer, interleaved in one run, with 95 % intervals.
+batch-normalised on the input's side or throughout and folded, with a scalar norm of the cell state, and throughout with
+statistics of every step and a cell norm per channel (one Scan). Ratios to the plain layer, interleaved in one run, with
+95 % intervals.
 
 ``prune``: the row classifier (LSTM of 512 units) pruned with fine-tuning to half and to a quarter of its latency;
 asked and measured latency, and accuracy on 10,000 held-out glyphs before and after with a paired 95 % interval.

@@ -111,9 +111,8 @@ data = click.option(
     metavar="DATA",
     help="Examples to score and fine-tune with: an .npz with arrays x and y, a folder of images with one folder "
     "per class, file.py:factory (which runs it), glyphs:COUNT, chars:COUNT, tags:COUNT or digits. Bytes are never "
-    "scaled by guess: add "
-    "?scale=255, or ?scale=255&mean=0.5&std=0.2, as in training. Without data, a sample in the program file "
-    "scores, or drawn inputs do, and nothing is fine-tuned.",
+    "scaled by guess: add ?scale=255, or ?scale=255&mean=0.5&std=0.2, as in training. Without data, a sample in the "
+    "program file scores, or drawn inputs do, and nothing is fine-tuned.",
 )
 
 # Where the examples only show what the network reads.

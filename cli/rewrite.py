@@ -39,9 +39,7 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
-    arch: str | None,
-    trust: bool,
-    inputs: tuple[str, ...],
+    **loading: Any,
 ) -> None:
     """Run PASSES on a network, in order, and write a program file.
 
@@ -66,10 +64,10 @@ def command(
     import kfe_fx
     from kfe_fx.passes.pipeline import Pipeline
 
+    pipeline = Pipeline.from_text(passes)  # what is quick to find wrong comes first
     examples = load_examples(data)
-    pipeline = Pipeline.from_text(passes, examples)
-    program = kfe_fx.load(model, data=examples, arch=arch, trust=trust, inputs=inputs)
-    result = pipeline.run(program, verify=not no_verify)
+    program = kfe_fx.load(model, data=examples, **loading)
+    result = pipeline.with_data(examples).run(program, verify=not no_verify)
     kfe_fx.save(result.program, target)
     facts: dict[str, Any] = {"model": model, "path": target, "passes": pipeline.to_text(), "facts": result.facts}
     if as_json:

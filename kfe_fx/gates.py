@@ -9,7 +9,7 @@ With every gate at one the network is what it was, and the gradient of the loss 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,7 @@ def _arguments(site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) ->
 
 def _gate_inside(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> None:
     # the operation multiplies by a table of its own, [N or 1, n]: ones, gated
-    like = next(arg for arg in node.all_input_nodes if arg.op == "get_attr")
+    like = Arguments.of(node).weight_ih
     with graph.inserting_before(node):
         ones = graph.call_function(torch.ops.aten.new_ones.default, (like, [1, len(site.units)]))
         gated = graph.call_function(GATE, (ones, *_arguments(site, analysis, gates)))
@@ -135,8 +135,8 @@ def _gate_inside(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analy
 
 
 def _set_argument(node: fx.Node, name: str, value: fx.Node | None, old: fx.Node | None = None) -> None:
-    """Set an argument of an operation that is ``old`` now."""
-    place = [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    """Set an argument of a recurrent layer that is ``old`` now; the others stay as they are written."""
+    place = [field.name for field in fields(Arguments)].index(name)
     if place < len(node.args):
         if node.args[place] is old:
             node.args = (*node.args[:place], value, *node.args[place + 1 :])
@@ -157,7 +157,7 @@ def strip(graph: fx.Graph, inputs: tuple[str, ...]) -> int:
     found = [node for node in graph.nodes if node.target is GATE]
     feeding: set[fx.Node] = set()
     for node in found:
-        source = node.args[0]
+        source: Any = node.args[0]
         frontier = [arg for arg in node.all_input_nodes if arg is not source]
         while frontier:
             arg = frontier.pop()
@@ -168,8 +168,8 @@ def strip(graph: fx.Graph, inputs: tuple[str, ...]) -> int:
             for name in ("gate", "cell_gate"):
                 if getattr(Arguments.of(user), name) is node:
                     _set_argument(user, name, None, node)
-                    feeding.add(source)  # type: ignore[arg-type]  # the ones that it was written in
-        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+                    feeding.add(source)  # the ones that it was written in
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         unused = node.op == "placeholder" and node.name.startswith(PREFIX)

@@ -28,7 +28,7 @@ class Plan:
 
     ``kept[name] = [(dim, [indices kept]), ...]`` for every parameter, buffer and constant that changes, changed dims
     only, each name of tied parameters. ``actions`` say the same unit by unit, with the reason; ``heads`` is how the
-    analysis took attention apart.
+    analysis took attention apart; ``resize_state`` whether states that are inputs or outputs may lose units.
     """
 
     kept: dict[str, list[tuple[int, list[int]]]] = field(default_factory=dict)

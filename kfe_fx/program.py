@@ -158,9 +158,11 @@ def _compile(module: nn.Module, graph: fx.Graph, observer: taps.Observer | None)
             taps.observe(graph, observer)
     code = graph.python_code("self")
     inputs = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    others = {node.name for node in graph.nodes if node.op != "placeholder"}
     words = [part for node in graph.nodes if node.op == "get_attr" for part in str(node.target).split(".")]
-    if inputs & code.globals.keys() or any(keyword.iskeyword(word) for word in words):
-        # a name of the user's that Python code cannot hold (an input called "torch", a layer called "lambda")
+    if inputs & (code.globals.keys() | others) or any(keyword.iskeyword(word) for word in words):
+        # a name of the user's that Python code cannot hold (an input called "torch", a layer called "lambda"), or that
+        # another node has already
         return lambda *flat: _Interpreter(module, graph=graph).run(*flat)
     scope = dict(code.globals)
     exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)
@@ -171,6 +173,11 @@ def run_node(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     """Call the operation of a ``call_function`` node on the values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # a name only for nodes of another kind
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument that may be given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def copy_graph(graph: fx.Graph, names: dict[fx.Node, str] | None = None) -> fx.Graph:

@@ -83,7 +83,7 @@ def _follow(module: nn.Module, small: Program) -> None:
 def _follow_recurrent(path: str, layer: Any) -> None:
     single = isinstance(layer, nn.RNNCellBase)
     names = ["weight_hh"] if single else [names[1] for names in layer._all_weights]
-    gates = {"LSTM": 4, "GRU": 3}.get(type(layer).__name__.removesuffix("Cell"), 1)
+    gates = 4 if isinstance(layer, nn.LSTM | nn.LSTMCell) else 3 if isinstance(layer, nn.GRU | nn.GRUCell) else 1
     shapes = {tuple(getattr(layer, name).shape) for name in names}
     if len(shapes) > 1:
         raise PlanError(f"{path}: its layers and directions now have widths of their own; use result.module()")

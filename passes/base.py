@@ -23,7 +23,7 @@ class Pass(ABC):
     """A pass over Programs.
 
     ``name`` is kebab-case. ``keeps`` says what becomes of the function: "exact" (the same), "trained" (another one, to
-    be trained or verified), "observes" (nothing but reading).
+    be trained or verified), "observes" (nothing but reading). A run that does better says so as ``keeps`` in its facts.
     """
 
     name: ClassVar[str]

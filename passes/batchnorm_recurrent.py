@@ -56,7 +56,7 @@ class BatchnormRecurrent(Pass):
     """
 
     name: ClassVar[str] = "batchnorm-recurrent"
-    keeps: ClassVar[str] = "trained"
+    keeps: ClassVar[str] = "trained"  # where it calibrates the facts say "exact"
     data: Any = field(default=None, repr=False)
     mode: str = "input"
     cell_norm: str = "none"
@@ -67,11 +67,6 @@ class BatchnormRecurrent(Pass):
     momentum: float = 0.1
     eps: float = 1e-5
     batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        """Say "exact" where examples to calibrate on are given; those of a program file are only known to ``run``."""
-        if self.trained or (self.trained is None and self.data is not None):
-            object.__setattr__(self, "keeps", "exact")
 
     def run(self, program: Program) -> PassResult:
         """Return the normalised Program.

@@ -111,11 +111,11 @@ class FoldMeans(Pass):
         return PassResult(twin if shifts else program, bool(shifts), facts)
 
     def _loses(self, consumer: _Consumer, removed: frozenset[int]) -> bool:
-        return self.analysis.kept(consumer.source.name, removed)[consumer.channel] is not None
+        return self.analysis.kept_of(consumer.source, removed)[consumer.channel] is not None
 
     def _shift(self, consumer: _Consumer, removed: frozenset[int]) -> Tensor:
         mean = self.means[consumer.key]  # [C, positions of a convolution...]
-        kept = self.analysis.kept(consumer.source.name, removed)[consumer.channel]
+        kept = self.analysis.kept_of(consumer.source, removed)[consumer.channel]
         lost = mean.clone()
         lost[torch.from_numpy(np.asarray(kept))] = 0
         weight = self.analysis.program.tensor(consumer.weight).detach().double()
@@ -152,7 +152,7 @@ def _other_consumers(analysis: Analysis, known: list[_Consumer], removed: frozen
         moving = [arg for arg in tensors if arg not in tracker.static]
         if len(moving) == len(tensors):
             continue  # of activations alone: no weight, no bias
-        if any(kept is not None for arg in moving for kept in analysis.kept(arg.name, removed)):
+        if any(kept is not None for arg in moving for kept in analysis.kept_of(arg, removed)):
             found.append(node)
     return found
 

@@ -14,8 +14,9 @@ import importlib
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ class Pipeline:
     passes: tuple[Pass, ...] = ()
 
     @classmethod
-    def from_text(cls, text: str, data: Any = None) -> Pipeline:
-        """Read ``name{option=value ...},name,...``; ``data`` goes to the passes that read examples.
+    def from_text(cls, text: str) -> Pipeline:
+        """Read ``name{option=value ...},name,...``.
 
         Raises:
             UsageError: a pass, an option or a value that does not exist, or text of another form.
@@ -63,9 +64,13 @@ class Pipeline:
                 raise UsageError(
                     f"cannot read the passes at {text[place:][:40]!r}; spell them name{{option=value}},name"
                 )
-            found.append(_build(step["name"], step["options"] or "", data))
+            found.append(_build(step["name"], step["options"] or ""))
             place = step.end()
         return cls(tuple(found))
+
+    def with_data(self, data: Any) -> Pipeline:
+        """Return the pipeline with ``data`` for the passes that read examples."""
+        return Pipeline(tuple(replace(step, **{DATA: data}) if _reads(step) else step for step in self.passes))
 
     def to_text(self) -> str:
         """Write the passes with the options that are not the default."""
@@ -75,19 +80,23 @@ class Pipeline:
         """Run the passes in order; the given Program is never touched.
 
         With ``verify`` each graph is checked after each pass, and the outputs of a pass that says that it keeps the
-        function are compared on drawn inputs.
+        function are compared on drawn inputs. What it says of this run, as ``keeps`` among its facts, goes before what
+        its class says. The facts are those of the passes by name; NAME#2 is the second pass of one name.
 
         Raises:
             VerificationFailed: a pass left a broken graph, or changed the function and says that it does not.
         """
         facts: dict[str, Any] = {}
+        runs: Counter[str] = Counter()
         modified = False
         for step in self.passes:
             result = step.run(program)
             if verify and result.modified:
-                _check(step, program, result.program)
+                _check(step, program, result)
             program, modified = result.program, modified or result.modified
-            facts[step.name] = result.facts
+            runs[step.name] += 1
+            number = runs[step.name]
+            facts[step.name if number == 1 else f"{step.name}#{number}"] = result.facts
         return PassResult(program, modified, facts)
 
 
@@ -114,7 +123,11 @@ def options_of(kind: type[Pass]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind) if field.init and _kinds(hints[field.name])}
 
 
-def _build(name: str, text: str, data: Any) -> Pass:
+def _reads(step: Pass) -> bool:
+    return DATA in {field.name for field in fields(step)}
+
+
+def _build(name: str, text: str) -> Pass:
     kind = class_of(name)
     known = options_of(kind)
     given: dict[str, Any] = {}
@@ -128,8 +141,6 @@ def _build(name: str, text: str, data: Any) -> Pass:
             raise UsageError(f"{name} has no option {key!r}{_meant(key, known)}; it has {', '.join(known) or 'none'}")
         given[key] = _value(name, key, option["value"], known[key])
         place = option.end()
-    if data is not None and DATA in {field.name for field in fields(kind)}:
-        given[DATA] = data
     return kind(**given)
 
 
@@ -174,13 +185,14 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _check(step: Pass, before: Program, after: Program) -> None:
+def _check(step: Pass, before: Program, result: PassResult) -> None:
+    after = result.program
     for mode, graph in after.graphs.items():
         try:
             graph.lint()
         except RuntimeError as error:
             raise VerificationFailed(f"{step.name} left a broken {mode} graph ({error}); please report it") from error
-    if step.keeps not in ("exact", "observes"):
+    if result.facts.get("keeps", step.keeps) not in ("exact", "observes"):
         return
     flat = draw_inputs(before, None, 0)
     with torch.no_grad():

@@ -79,7 +79,7 @@ def _kept(analysis: Analysis, removed: frozenset[int], leaf: Any, value: Any) ->
     """Take of an output of the masked original what the shrunk network still has: states may have lost units."""
     if not isinstance(value, torch.Tensor) or not isinstance(leaf, fx.Node) or not resizable(analysis.program):
         return value
-    for dim, index in enumerate(analysis.kept(leaf.name, removed)):
+    for dim, index in enumerate(analysis.kept_of(leaf, removed)):
         if index is not None:
             value = value.index_select(dim, torch.from_numpy(index))
     return value

@@ -20,7 +20,7 @@ from kfe_fx.criteria.base import ScoreContext, score
 from kfe_fx.embedding import embed, lift_scores, relative
 from kfe_fx.errors import PlanError, UnsupportedModel
 from kfe_fx.labels.analysis import Analysis, analyze
-from kfe_fx.labels.states import free_states, widths
+from kfe_fx.labels.states import permit, resized
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
 from kfe_fx.passes.proof import check_masked, prove
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
@@ -84,7 +84,7 @@ class Rounds:
         Raises:
             UnsupportedModel: nothing can be removed.
         """
-        self.original = free_states(program) if settings.resize_state else program
+        self.original = permit(program, allowed=settings.resize_state)
         program = self.original
         self.settings = settings
         self.data = data
@@ -114,7 +114,7 @@ class Rounds:
         self._count()
         if self.settings.metric == "latency" and self.settings.budget < 1:
             self._measure_anew(prove(self.small, self.certificate))
-        return self.small, self.plan, self.certificate
+        return permit(self.small, allowed=False), self.plan, self.certificate
 
     # the rounds ------------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Rounds:
             plan = Plan.of_units(self.analysis, selection.removed, heads=settings.heads)
             candidate = Shrink(plan).run(self.original).program
             session = make_session(template.model(candidate), threads=settings.threads)
-            each = [example, feeds(candidate, settings.batch, settings.seed)] if settings.resize_state else example
+            each = [example, feeds(candidate, settings.batch, settings.seed)]  # states may have lost units
             found = compare([dense, session], each, seconds=TURN_SECONDS, precision=0.005, seed=settings.seed)
             return found.ratios[1].value
 
@@ -336,9 +336,10 @@ class Rounds:
         certificate = self.certificate
         certificate.after = self._counts(self.removed)
         if self.settings.resize_state:
-            certificate.measured["states"] = states = widths(self.small)
+            certificate.measured["states"] = states = resized(self.small)
             certificate.notes += [
-                f"the state {name} is {len(held['kept'])} wide, {held['width']} before" for name, held in states.items()
+                f"the state that is {name} is {len(held['kept'])} wide, {held['width']} before"
+                for name, held in states.items()
             ]
         certificate.data |= self.scoring
         if self.scoring and self.data.calibration is None:

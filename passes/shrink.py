@@ -11,7 +11,7 @@ from torch import nn
 from kfe_fx.errors import VerificationFailed
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.relocate import Relocation
-from kfe_fx.labels.states import free_states, narrow_input, record_removal, widths
+from kfe_fx.labels.states import narrow_input, permit, record_removal, resizable
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
@@ -41,10 +41,12 @@ class Shrink(Pass):
         if not self.plan.kept:
             return PassResult(program, False, {"removed": 0})
         twin = program.sharing()
-        twin = free_states(twin) if self.plan.resize_state else twin
+        twin = permit(twin, allowed=self.plan.resize_state)
         analysis = analyze(twin, heads=self.plan.heads)
         removed = self.plan.units(analysis)
         gone = analysis.table.gone(removed)
+        if resizable(twin):
+            record_removal(twin, analysis, removed)
         sliced = slice_tensors(twin, analysis, removed)
         moves = {mode: Relocation(analysis.trackers[mode], graph, gone) for mode, graph in twin.graphs.items()}
         for move in moves.values():
@@ -54,24 +56,16 @@ class Shrink(Pass):
             graph.eliminate_dead_code()
             graph.lint()
         twin.module().recompile()
-        _narrow_states(twin, analysis, removed)
+        _narrow_states(twin)
         for mode, fakes in _shapes(twin, analysis.trackers["eval"].sizes).items():
             _check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
-        facts: dict[str, Any] = {"removed": len(removed), "tensors": sliced}
-        return PassResult(twin, True, facts)
+        result = permit(twin, allowed=resizable(program))
+        return PassResult(result, True, {"removed": len(removed), "tensors": sliced})
 
 
-def _narrow_states(program: Program, analysis: Analysis, removed: frozenset[int]) -> None:
+def _narrow_states(program: Program) -> None:
     """Cut the example inputs and the calibration sample of a Program whose states lost units."""
-    kept = {
-        name: found[-1].tolist()
-        for name in widths(program)
-        if (found := analysis.kept(name, removed)) and found[-1] is not None
-    }
-    if not kept:
-        return
-    record_removal(program, kept)
     names = program.signature.input_names
     cut = lambda flat: [narrow_input(program, name, value) for name, value in zip(names, flat, strict=True)]  # noqa: E731
     program.example_inputs = pack(program.signature.inputs, cut(program.flat_examples()))

@@ -24,6 +24,7 @@ from kfe_fx.cost.multiplications import (
 )
 from kfe_fx.cost.profile import CELL_FACTORS, ELEMENT_FACTORS, SCAN_FACTORS, SCAN_NODES, Profile
 from kfe_fx.cost.widths import ONE, Product, Removed, product_of
+from kfe_fx.recurrent.norms import shared_rows
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 
@@ -298,7 +299,7 @@ class _Kernels:
             return True
         tables = (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh, call.var_c)
         names = [str(one.target) for one in tables if one is not None and one.op == "get_attr"]
-        return any(bool((table != table[:1]).any()) for table in map(self.model.program.tensor, names))
+        return not shared_rows(*map(self.model.program.tensor, names))
 
 
 _MATRIX_RULES: dict[Any, Callable[[_Kernels, fx.Node], None]] = {

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from kfe_fx.cost.widths import ONE, Product, product_of
-from kfe_fx.recurrent.op import RECURRENT, Arguments
+from kfe_fx.program import argument
+from kfe_fx.recurrent.op import CELL_OPS, RECURRENT, Arguments
 
 aten = torch.ops.aten
 
@@ -52,14 +53,9 @@ def multiplications(node: fx.Node, shape: ShapeOf) -> list[Product]:
     return rule(node, shape) if rule is not None and node.op == "call_function" else []
 
 
-def arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def is_transposed(node: fx.Node) -> bool:
     """Tell whether a convolution is a transposed one."""
-    return node.target in TRANSPOSED or (node.target in ANY_CONVOLUTION and bool(arg(node, 6, "transposed")))
+    return node.target in TRANSPOSED or (node.target in ANY_CONVOLUTION and bool(argument(node, 6, "transposed")))
 
 
 def _linear(node: fx.Node, shape: ShapeOf) -> list[Product]:
@@ -145,8 +141,6 @@ def _cell(node: fx.Node, shape: ShapeOf) -> list[Product]:
     return [rows * product_of(shape(node.args[place])) for place in (2, 3)]
 
 
-_CELLS = {aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
-
 _RULES: dict[Any, Rule] = {
     aten.linear.default: _linear,
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION, _convolution),
@@ -156,5 +150,5 @@ _RULES: dict[Any, Rule] = {
     aten.tensordot.default: _tensordot,
     aten.bilinear.default: _bilinear,
     RECURRENT: _recurrent,
-    **dict.fromkeys(_CELLS, _cell),
+    **dict.fromkeys(CELL_OPS, _cell),
 }

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from kfe_fx.curvature.layout import Layout, rows
 from kfe_fx.labels.registry import overloads
+from kfe_fx.program import argument
 from kfe_fx.recurrent.opened import PRODUCT, ROWS, STATISTICS
 
 aten = torch.ops.aten
@@ -166,8 +167,7 @@ def bias(moment: Moment, operand: fx.Node) -> tuple[Tensor, int | None] | None:
             return None
         beta = node.kwargs.get("beta", 1)
         return moment.grad * beta, None  # type: ignore[operator]
-    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    if given is not operand or operand in node.args[:2]:
+    if argument(node, 2, "bias") is not operand or operand in node.args[:2]:
         return None
     # an image without a batch dim has its channels in front
     last = node.target in (aten.linear.default, PRODUCT)

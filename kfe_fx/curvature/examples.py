@@ -167,7 +167,8 @@ class Examples(ExampleTracker):
     def _sequences(self, node: fx.Node) -> Any:
         """Label what opened recurrent layers are made of: each sequence is on its own, its steps are not."""
         batch_dim = 0 if node.kwargs.get("batch_first", True) else 1
-        given = dict(zip([one.name for one in node.target._schema.arguments], node.args, strict=False))  # type: ignore[union-attr]
+        operation: Any = node.target
+        given = dict(zip([one.name for one in operation._schema.arguments], node.args, strict=False))
         sided = [given[name] for name in ("input", "products", "hidden") if given.get(name) is not None]
         states = [given[name] for name in ("h0", "c0", "lengths") if given.get(name) is not None]
         batch: Layers = ()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kfe_fx.labels.registry import overloads
-from kfe_fx.program import Program, run_node, tied_names
+from kfe_fx.program import Program, argument, run_node, tied_names
 
 aten = torch.ops.aten
 
@@ -179,6 +179,6 @@ def draws(node: fx.Node) -> bool:
 
 def _skips(node: fx.Node) -> bool:
     """Tell whether a look-up has a row, for padding, or a scale that gradients do not see as they are."""
-    names = ("padding_idx", "scale_grad_by_freq")
-    given = [node.args[2 + k] if len(node.args) > 2 + k else node.kwargs.get(name) for k, name in enumerate(names)]
-    return node.target is aten.embedding.default and (given[0] not in (None, -1) or bool(given[1]))
+    if node.target is not aten.embedding.default:
+        return False
+    return argument(node, 2, "padding_idx", -1) != -1 or bool(argument(node, 3, "scale_grad_by_freq", False))

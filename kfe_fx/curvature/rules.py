@@ -21,6 +21,7 @@ from kfe_fx.curvature.pairings import (
 )
 from kfe_fx.labels.contraction import einsum_terms
 from kfe_fx.labels.registry import overloads
+from kfe_fx.program import argument
 from kfe_fx.recurrent.opened import PRODUCT
 
 aten = torch.ops.aten
@@ -42,11 +43,6 @@ class Look(Protocol):
         ...
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an argument that may be given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 @pairing(aten.linear.default)
 def linear(look: Look, node: fx.Node) -> Pairing | None:
     """See ``Linear``; the examples may lie along any dim but the last."""
@@ -63,22 +59,19 @@ def linear(look: Look, node: fx.Node) -> Pairing | None:
 @pairing(PRODUCT)
 def steps(look: Look, node: fx.Node) -> Pairing | None:
     """See ``Steps``; the examples lie along the sequences, or are not told apart."""
-    data, weight = node.args[:2]
-    if look.fixed(data) or not look.fixed(weight):  # type: ignore[arg-type]
+    given: tuple[Any, ...] = node.args
+    data, weight = given[:2]
+    if look.fixed(data) or not look.fixed(weight):
         return None
-    bias, lengths, batch_first = (
-        argument(node, 2, "bias"),
-        argument(node, 3, "lengths"),
-        node.kwargs.get("batch_first", True),
-    )
-    layout = look.layout(data)  # type: ignore[arg-type]
+    batch_first = node.kwargs.get("batch_first", True)
+    layout = look.layout(data)
     if layout is not None and layout.dim != (0 if batch_first else 1):
         return None
     return Steps(
-        weight,  # type: ignore[arg-type]
-        bias,
-        data,  # type: ignore[arg-type]
-        lengths=lengths,
+        weight,
+        argument(node, 2, "bias"),
+        data,
+        lengths=argument(node, 3, "lengths"),
         reverse=bool(node.kwargs.get("reverse", False)),
         batch_first=bool(batch_first),
         from_zero=bool(node.kwargs.get("from_zero", False)),

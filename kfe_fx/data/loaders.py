@@ -44,9 +44,10 @@ def load_data(
     | `chars:held-out:N`, `tags:held-out:N` | windows of files that no training window is cut from |
     | `digits` | scikit-learn's 1,797 handwritten digits [1, 8, 8] in 10 classes, 0 to 1 |
 
+    `:N` may be left out for 10,000. Glyphs are drawn as large as the network reads them.
+
     Bytes are not scaled by guess. `spec?scale=255` divides by 255 in float32; `spec?scale=255&mean=0.5&std=0.2` also
-    standardises, (x / scale - mean) / std; three values after = are one per channel. Glyphs are drawn as large as the
-    network reads them.
+    standardises, (x / scale - mean) / std; three values after = are one per channel.
 
     Args:
         spec: what to load.
@@ -74,9 +75,10 @@ def load_data(
 
 
 def _load(text: str, limit: int | None) -> ArrayData:
-    if text == "glyphs" or text.startswith("glyphs:"):
+    name = text.partition(":")[0]
+    if name == "glyphs":
         return _glyphs(text, limit)
-    if text.startswith(("chars:", "tags:")):
+    if name in ("chars", "tags"):
         return _source(text, limit)
     if text == "digits":
         return _digits()
@@ -102,7 +104,7 @@ def _glyphs(text: str, limit: int | None, side: int = 32) -> ArrayData:
 
 def _source(text: str, limit: int | None) -> ArrayData:
     count, seed = _asked(text, limit)
-    if text.startswith("chars:"):
+    if text.partition(":")[0] == "chars":
         classes, drawn, apart = source_text.VOCABULARY, source_text.chars, source_text.held_out_chars
     else:
         classes, drawn, apart = source_text.TAGS, source_text.tags, source_text.held_out_tags
@@ -111,7 +113,7 @@ def _source(text: str, limit: int | None) -> ArrayData:
 
 
 def _asked(text: str, limit: int | None) -> tuple[int, int | None]:
-    """Read NAME:COUNT, NAME:COUNT:SEED or NAME:held-out:COUNT; the seed of held-out examples is None."""
+    """Read NAME, NAME:COUNT, NAME:COUNT:SEED or NAME:held-out:COUNT; the seed of held-out examples is None."""
     name, *words = text.split(":")
     held = words[:1] == ["held-out"]
     numbers = words[held:]

@@ -71,19 +71,10 @@ def held_out_chars(count: int = 2000, length: int = LENGTH) -> tuple[Windows, Wi
 
 
 def tags(count: int, seed: int, length: int = LENGTH) -> tuple[Windows, Windows]:
-    """Draw `count` training windows of the stream `seed`, and what kind of token each character belongs to.
-
-    Args:
-        count: number of windows, at least 1.
-        seed: non-negative; of where the windows start.
-        length: characters in a window, T, at least 1.
+    """Draw windows as `chars` does, and what kind of token each character belongs to.
 
     Returns:
         Characters [count, T], indices into `VOCABULARY`, and kinds [count, T], indices into `TAGS`; int64.
-
-    Raises:
-        BadData: count, seed or length is out of range.
-        MissingDependency: the source of the standard library is not installed.
     """
     return _tags(count, TRAIN, seed, length)
 

@@ -17,6 +17,7 @@ from kfe_fx.format.archive import Archive
 from kfe_fx.format.check import check_runs
 from kfe_fx.format.fields import Malformed, distinct, integer, items, parse, record, table, text, texts
 from kfe_fx.format.graphs import check_code, decode_graph, identifier
+from kfe_fx.format.states import check_states
 from kfe_fx.format.tensors import Entry, decode_entry, read, tensor_name
 from kfe_fx.format.values import decode_template
 from kfe_fx.program import Program, ProgramModule, Signature, put_tensor
@@ -87,7 +88,7 @@ def read_program(handle: BinaryIO, *, run: bool = True) -> Program:
     if len(examples) != len(signature.input_names):
         raise Malformed("examples: one for each input is expected")
     axes = _axes(document, signature, examples)
-    extras = _extras(archive, document, examples, used)
+    extras = _extras(archive, document, signature, examples, used)
     _check_rest(archive, used)
     lineage, notes = (tuple(texts(document[key], key)) for key in ("lineage", "notes"))
     program = Program(module.eval(), pack(signature.inputs, examples), axes, lineage, notes, extras)
@@ -191,7 +192,9 @@ def _axes(document: dict[str, Any], signature: Signature, examples: list[torch.T
     return axes
 
 
-def _extras(archive: Archive, document: dict[str, Any], examples: list[torch.Tensor], used: set[str]) -> dict[str, Any]:
+def _extras(
+    archive: Archive, document: dict[str, Any], signature: Signature, examples: list[torch.Tensor], used: set[str]
+) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     if document["calibration"] is not None:
         found = record(document["calibration"], "calibration", ("inputs", "targets"))
@@ -214,6 +217,7 @@ def _extras(archive: Archive, document: dict[str, Any], examples: list[torch.Ten
     sections = table(document["sections"], "sections")
     if sections:
         extras["sections"] = sections
+        check_states(sections.get("states", {}), dict(zip(signature.input_names, examples, strict=True)))
     return extras
 
 

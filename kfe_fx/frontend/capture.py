@@ -18,6 +18,7 @@ from kfe_fx.frontend import source
 from kfe_fx.frontend.align import align, same_graph
 from kfe_fx.frontend.inputs import Call, read_axes, read_call, repeated
 from kfe_fx.frontend.recurrent import (
+    TRIMS,
     axes_of_sequences,
     candidates,
     has_recurrent_layers,
@@ -48,8 +49,10 @@ def capture(module: nn.Module, example_inputs: Any, dynamic_axes: Any = None) ->
         raise UsageError(f"capture takes an nn.Module, got {type(module).__name__}")
     call = read_call(module, example_inputs)
     requested = read_axes(call, dynamic_axes)
-    if dynamic_axes is None and has_recurrent_layers(module):
-        program = _capture(module, call, _sequence_axes(module, call, requested), explicit=False)
+    counts = dynamic_axes is None and has_recurrent_layers(module)
+    bold = _sequence_axes(module, call, requested) if counts else requested
+    if bold != requested:
+        program = _capture(module, call, bold, explicit=False)
         if program.axes and _runs_at_other_sizes(program):
             return program
     program = _capture(module, call, requested, explicit=dynamic_axes is not None)
@@ -65,13 +68,13 @@ def _capture(module: nn.Module, call: Call, requested: dict[str, dict[int, str |
     notes: list[str] = []
     with _modes_restored(module), _quiet():
         training = _training_flags(module)
-        with opaque_layers():
+        with opaque_layers() as said:
             module.eval()
             exported, axes = _export_dynamic(module, call, requested, notes, explicit=explicit)
             _set_flags(module, training)
             trained = _export_training(module, call, axes, notes)
         module.eval()
-        program = _build(module, call, exported, trained, axes, notes)
+        program = _build(module, call, exported, trained, axes, [*notes, *said])
         _check_same(module, program)
     return program
 
@@ -133,9 +136,10 @@ def _check_same(module: nn.Module, program: Program) -> None:
     is_tensor = lambda item: isinstance(item, torch.Tensor)  # noqa: E731
     for theirs, ours in zip(template_of(expected, is_tensor)[1], template_of(found, is_tensor)[1], strict=False):
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5, equal_nan=True):
+            usual = "its forward depends on state or randomness outside the graph"
             raise UnsupportedModel(
                 f"{type(module).__name__}: the captured graph gives other outputs than the module on the example "
-                "inputs: its forward depends on state or randomness outside the graph"
+                f"inputs: {TRIMS if TRIMS in program.notes else usual}"
             )
 
 

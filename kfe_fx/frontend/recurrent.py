@@ -18,18 +18,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import rnn
 
 from kfe_fx.errors import UnsupportedModel
-from kfe_fx.recurrent.op import OPAQUE
+from kfe_fx.program import argument
+from kfe_fx.recurrent.op import CELL_OPS, OPAQUE
 from kfe_fx.recurrent.sequences import valid_steps
 
 aten = torch.ops.aten
 
 LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
-_CELLS = {
-    aten.lstm_cell.default: "nn.LSTMCell",
-    aten.gru_cell.default: "nn.GRUCell",
-    aten.rnn_tanh_cell.default: "nn.RNNCell",
-    aten.rnn_relu_cell.default: "nn.RNNCell",
-}
+TRIMS = (
+    "a packed sequence is unpacked to the length that was packed, where the source trims to the longest sequence: feed "
+    "batches whose longest sequence fills the padding, or give pad_packed_sequence a total_length"
+)
+_said: list[list[str]] = []  # what whoever traces now is told
 
 
 class Padded(rnn.PackedSequence):
@@ -65,6 +65,8 @@ def unpack(
     sequence: Any, batch_first: bool = False, padding_value: float = 0.0, total_length: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Stand for ``pad_packed_sequence``: the result has the length of what was packed, or ``total_length``."""
+    if total_length is None and TRIMS not in _said[-1]:
+        _said[-1].append(TRIMS)
     value, time_dim = sequence.value, 1 if sequence.batch_first else 0
     steps = value.shape[time_dim]
     if padding_value != 0.0 or not sequence.clean:
@@ -97,8 +99,12 @@ def has_recurrent_layers(module: nn.Module) -> bool:
 
 
 @contextmanager
-def opaque_layers() -> Iterator[None]:
-    """Let recurrent layers, also those that a subclass calls as its super, be traced as opaque operations."""
+def opaque_layers() -> Iterator[list[str]]:
+    """Let recurrent layers, also those that a subclass calls as its super, be traced as opaque operations.
+
+    Yields a list that gets a note of what the traced network does differently.
+    """
+    _said.append([])
     codes: list[tuple[Any, types.CodeType]] = []
     forwards = [(layer, layer.forward) for layer in LAYERS]
     try:
@@ -107,8 +113,9 @@ def opaque_layers() -> Iterator[None]:
             function.__code__ = lent.__code__
         for layer in LAYERS:
             layer.forward = _forward  # type: ignore[method-assign]
-        yield
+        yield _said[-1]
     finally:
+        _said.pop()
         for layer, forward in forwards:
             layer.forward = forward  # type: ignore[method-assign]
         for function, code in codes:
@@ -138,7 +145,7 @@ def _stack(
     layer: Any, value: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None, batch_first: bool
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if layer.bidirectional else 1
-    cell = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}[layer.mode]
+    cell = layer.mode.lower()  # a key of CELLS
     ends: list[list[Tensor]] = [[], []]
     for depth in range(layer.num_layers):
         outputs = []
@@ -168,10 +175,10 @@ def simplify_states(graph: fx.Graph) -> None:
     """
     for stack in graph.find_nodes(op="call_function", target=aten.stack.default):
         parts = stack.args[0]
-        if _arg(stack, 1, "dim", 0) != 0:
+        if argument(stack, 1, "dim", 0) != 0:
             continue
         for user in list(stack.users):
-            if user.target is aten.select.int and _arg(user, 1, "dim", 0) == 0 and isinstance(user.args[2], int):
+            if user.target is aten.select.int and argument(user, 1, "dim", 0) == 0 and isinstance(user.args[2], int):
                 user.replace_all_uses_with(parts[user.args[2]])
                 graph.erase_node(user)
             elif user.target is aten.slice.Tensor and (some := _sliced(user, parts)):
@@ -183,23 +190,20 @@ def simplify_states(graph: fx.Graph) -> None:
 
 
 def _sliced(node: fx.Node, parts: Any) -> list[fx.Node]:
-    bounds = [_arg(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))]
+    bounds = [argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))]
     plain = all(bound is None or isinstance(bound, int) for bound in bounds)
-    return list(parts)[slice(*bounds)] if plain and _arg(node, 1, "dim", 0) == 0 else []
-
-
-def _arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return list(parts)[slice(*bounds)] if plain and argument(node, 1, "dim", 0) == 0 else []
 
 
 def loops_of_cells(graph: fx.Graph) -> list[str]:
     """Describe the cells that a network steps through in Python: what is captured is the traced number of steps."""
     steps: dict[tuple[str, str], list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target in _CELLS:
+        if node.target in CELL_OPS:
             weight = node.args[2]
             name = str(getattr(weight, "target", "")).rpartition(".")[0] or node.name
-            steps.setdefault((_CELLS[node.target], name), []).append(node)
+            kind = CELL_OPS[node.target].partition("_")[0].upper()
+            steps.setdefault((f"nn.{kind}Cell", name), []).append(node)
     return [
         f"{kind} {name} ({nodes[0].meta.get('source') or nodes[0].name}) runs {len(nodes)} steps: captured as one tied "
         f"layer at that length; call {kind.removesuffix('Cell')} on the sequence for a dynamic one"

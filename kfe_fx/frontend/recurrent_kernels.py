@@ -15,7 +15,7 @@ from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 aten = torch.ops.aten
 
-_KERNELS = {
+_KERNELS: dict[Any, str] = {
     aten.lstm.input: "lstm",
     aten.gru.input: "gru",
     aten.rnn_tanh.input: "rnn_tanh",
@@ -33,7 +33,8 @@ def open_kernels(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             made = _Builder(graph, node).layers()
         for user in users:
-            user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+            place: Any = user.args[1]
+            user.replace_all_uses_with(made[place])
             graph.erase_node(user)
         graph.erase_node(node)
     return len(found)
@@ -46,7 +47,7 @@ class _Builder:
         # (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
         given: tuple[Any, ...] = node.args
         self.input, states, params, biased, self.count, self.dropout, self.train, both, self.batch_first = given
-        self.cell = next(cell for kernel, cell in _KERNELS.items() if node.target is kernel)
+        self.cell = _KERNELS[node.target]
         self.states: list[Any] = list(states) if isinstance(states, list | tuple) else [states]
         self.directions = 2 if both else 1
         self.params: list[Any] = list(params)

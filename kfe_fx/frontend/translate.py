@@ -71,16 +71,20 @@ def _unlift(exported: ExportedProgram, names: Sequence[str], constants: dict[str
     tensors = iter(names)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
+    # inputs first: they take their names before a parameter of the same name does
+    for node in exported.graph.find_nodes(op="placeholder"):
+        known = node.name in held or node.name in lifted
+        if not known and isinstance(node.meta.get("val"), torch.Tensor):  # else a Python constant, fixed in the graph
+            values[node] = graph.placeholder(next(tensors))
+            values[node].meta = dict(node.meta)
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             if node.name in held:
                 values[node] = graph.get_attr(held[node.name])
             elif node.name in lifted:
                 values[node] = graph.get_attr(_constant(exported, lifted[node.name], constants, mode))
-            elif isinstance(node.meta.get("val"), torch.Tensor):
-                values[node] = graph.placeholder(next(tensors))
             else:
-                continue  # a Python constant, fixed in the graph
+                continue
             values[node].meta = dict(node.meta)
         elif node.op == "output":
             graph.output(map_arg(node.args[0], lambda old: values[old]))

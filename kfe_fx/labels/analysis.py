@@ -65,8 +65,16 @@ class Analysis:
         return self.table.layout(self.trackers[graph].values[name])
 
     def kept(self, name: str, removed: set[int] | frozenset[int]) -> list[np.ndarray | None]:
-        """Return per dim of a node or parameter the indices that stay, or None where all do."""
-        layout = self.params[name] if name in self.params else self.layout(name)
+        """Return per dim of a parameter, buffer or constant the indices that stay, or None where all do."""
+        return self._kept(self.params[name], removed)
+
+    def kept_of(self, node: fx.Node, removed: set[int] | frozenset[int]) -> list[np.ndarray | None]:
+        """Return per dim of a node of the evaluation graph the indices that stay, or None where all do."""
+        return self._kept(self.layout(node.name), removed)
+
+    def _kept(
+        self, layout: list[tuple[np.ndarray, ...]], removed: set[int] | frozenset[int]
+    ) -> list[np.ndarray | None]:
         gone = np.zeros(len(self.units) + 1, dtype=bool)
         gone[list(removed)] = True
         gone[-1] = False

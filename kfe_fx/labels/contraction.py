@@ -13,6 +13,7 @@ from torch import fx
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.program import argument
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def linear(tracker: Tracker, node: fx.Node) -> Dims:
     if len(tracker.shape(weight)) == 1:
         return contract(tracker, node, [(inputs, batch + "i"), (weight, "i")], batch)
     dims = contract(tracker, node, [(inputs, batch + "i"), (weight, "oi")], batch + "o")
-    return _with_bias(tracker, node, dims, tracker.arg(node, 2, "bias"))
+    return _with_bias(tracker, node, dims, argument(node, 2, "bias"))
 
 
 def _with_bias(tracker: Tracker, node: fx.Node, dims: Dims, bias: Any) -> Dims:
@@ -126,7 +127,7 @@ def bilinear(tracker: Tracker, node: fx.Node) -> Dims:
     first, second, weight = node.args[:3]
     batch = _leading(len(tracker.shape(first)) - 1)
     dims = contract(tracker, node, [(first, batch + "i"), (weight, "oij"), (second, batch + "j")], batch + "o")
-    return _with_bias(tracker, node, dims, tracker.arg(node, 3, "bias"))
+    return _with_bias(tracker, node, dims, argument(node, 3, "bias"))
 
 
 @rule(aten.embedding.default)
@@ -146,7 +147,7 @@ def attention(tracker: Tracker, node: fx.Node) -> Dims:
     rank = len(shapes[0])
     batch = _leading(rank - 2)
     heads = [shape[-3] if len(shape) > 2 else 1 for shape in shapes]
-    if tracker.arg(node, 7, "enable_gqa", False) and heads[0] != heads[1]:
+    if argument(node, 7, "enable_gqa", False) and heads[0] != heads[1]:
         return _grouped_attention(tracker, node)
     tracker.freeze(tracker.dims(key)[-2], node, "is normalised by softmax over the keys")
     scores = contract(tracker, node, [(query, batch + "le"), (key, batch + "se")], batch + "ls")
@@ -158,7 +159,7 @@ def attention(tracker: Tracker, node: fx.Node) -> Dims:
 
 
 def _join_mask(tracker: Tracker, node: fx.Node, score_dims: list[Layers], rank: int) -> None:
-    mask = tracker.arg(node, 3, "attn_mask")
+    mask = argument(node, 3, "attn_mask")
     if mask is None:
         return
     dims, shape = tracker.dims(mask), tracker.shape(mask)
@@ -186,8 +187,7 @@ def _grouped_attention(tracker: Tracker, node: fx.Node) -> Dims:
 def keep_scale(moved: Relocation, node: fx.Node) -> None:
     """Keep the scale 1/sqrt(E) of the width that the network was trained with."""
     query = node.args[0]
-    scale = node.args[6] if len(node.args) > 6 else node.kwargs.get("scale")
-    if scale is None and moved.changed(query, -1):
+    if argument(node, 6, "scale") is None and moved.changed(query, -1):
         node.kwargs = {**node.kwargs, "scale": moved.size_before(query, -1) ** -0.5}
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.program import argument
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ _GROUPS = 6  # the place of the argument in both kinds
 
 def _groups(node: fx.Node) -> int | None:
     """Return the number of groups, or None where it depends on the batch (weights made for each example)."""
-    groups = node.args[_GROUPS] if len(node.args) > _GROUPS else node.kwargs.get("groups", 1)
+    groups = argument(node, _GROUPS, "groups", 1)
     return groups if isinstance(groups, int) else None
 
 
@@ -47,7 +48,7 @@ def _convolve(tracker: Tracker, node: fx.Node, out_dim: int) -> Dims | None:
     groups = _groups(node)
     if groups is None:
         return None
-    bias = tracker.arg(node, 2, "bias")
+    bias = argument(node, 2, "bias")
     dims, kernel = tracker.dims(inputs), tracker.dims(weight)
     channel = len(dims) - (len(kernel) - 1)
     for layers in kernel[2:]:

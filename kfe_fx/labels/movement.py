@@ -14,6 +14,7 @@ from kfe_fx.labels.provenance import spread, trace
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.labels.tracker import Tracker
+from kfe_fx.program import argument
 
 aten = torch.ops.aten
 
@@ -131,7 +132,7 @@ def pad(tracker: Tracker, node: fx.Node) -> Any:
     """Trace padding: constants come from nowhere; reflected and replicated borders from inside."""
     source = node.args[0]
     amounts = tracker.concrete(node.args[1])
-    mode = tracker.arg(node, 2, "mode", "constant")
+    mode = argument(node, 2, "mode", "constant")
     value = 0 if mode == "constant" else None
 
     def function(index: torch.Tensor) -> torch.Tensor:
@@ -244,7 +245,7 @@ def split_sizes(moved: Relocation, node: fx.Node) -> None:
     schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     place = schema.index("dim")
     rank = len(moved.tracker.shape(source))
-    dim = int(moved.tracker.arg(node, place, "dim", 0)) % rank
+    dim = int(argument(node, place, "dim", 0)) % rank
     pieces = moved.tracker.values[node]
     before = [int(fake.shape[dim]) for fake in moved.tracker.fakes[node]]
     if not moved.changed(source, dim):
@@ -288,11 +289,10 @@ def gather_new_places(moved: Relocation, node: fx.Node) -> None:
 
 def _gathered_dims(moved: Relocation, node: fx.Node, rank: int) -> list[int]:
     if node.target is aten.roll.default:
-        dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", ())
-        return [dim % rank for dim in dims]  # type: ignore[union-attr, operator]
+        return [dim % rank for dim in argument(node, 2, "dims", ())]
     if node.target is aten.channel_shuffle.default:
         return [1]
-    dim = moved.tracker.arg(node, 1, "dim", 0)
+    dim = argument(node, 1, "dim", 0)
     return [int(dim) % rank]
 
 
@@ -334,13 +334,13 @@ def slice_scatter_new_place(moved: Relocation, node: fx.Node) -> None:
     source, _ = node.args[:2]
     tracker = moved.tracker
     rank = len(tracker.shape(source))
-    dim = int(tracker.arg(node, 2, "dim", 0)) % rank
+    dim = int(argument(node, 2, "dim", 0)) % rank
     kept = moved.kept(node, dim)
     if kept is None:
         return
     size = tracker.shape(source)[dim]
     start, end, step = tracker.concrete(
-        (tracker.arg(node, 3, "start"), tracker.arg(node, 4, "end"), tracker.arg(node, 5, "step", 1))
+        (argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))
     )
     old = np.arange(size)[start:end:step]  # pyright: ignore[reportArgumentType, reportCallIssue]
     new = np.flatnonzero(np.isin(kept, old))

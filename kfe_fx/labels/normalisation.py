@@ -9,6 +9,7 @@ from torch import fx
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
+from kfe_fx.program import argument
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def layer_norm(tracker: Tracker, node: fx.Node) -> Dims:
         for layers in dims[-count:]:
             tracker.freeze(layers, node, "is normalised before it meets an activation")
     for place, name in ((2, "weight"), (3, "bias")):
-        parameter = tracker.arg(node, place, name)
+        parameter = argument(node, place, name)
         if isinstance(parameter, fx.Node) and tracker.is_tensor(parameter):
             for offset, layers in enumerate(tracker.dims(parameter)):
                 position = len(dims) - count + offset
@@ -79,7 +80,7 @@ def weight_norm(tracker: Tracker, node: fx.Node) -> Dims:
     """Trace w = g v / |v|, a norm over all dims but one: only along that one may slices go and leave the others."""
     direction, scale = node.args[:2]
     rank = len(tracker.shape(direction))
-    kept = int(tracker.arg(node, 2, "dim", 0)) % rank
+    kept = int(argument(node, 2, "dim", 0)) % rank
     dims: list[Layers] = []
     for dim, (layers, sizes) in enumerate(zip(tracker.dims(direction), tracker.dims(scale), strict=True)):
         if dim != kept:

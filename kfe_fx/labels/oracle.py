@@ -8,6 +8,7 @@ norm takes it over those that stay, which is the change of function that the rep
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.fx.node import map_arg
 
 from kfe_fx.labels.analysis import BATCH, Analysis
 from kfe_fx.labels.sites import Site
+from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 aten = torch.ops.aten
 
@@ -68,17 +70,17 @@ class _Masked(fx.Interpreter):
     def _masked_inside(self, n: fx.Node) -> Any:
         """Multiply removed units by zero where they stand inside the operation, at every step."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        dtype = next(value.dtype for value in given.values() if isinstance(value, torch.Tensor))
+        call = Arguments(*args, **kwargs)
         for site in self.inside[n.name]:
             gone = torch.from_numpy(self.gone[site.units])
             if not gone.any():
                 continue
-            given[str(site.argument)] = stays = (~gone).to(dtype).unsqueeze(0)
-            if site.argument == "gate" and n.args[1] in self.tracker.static:  # a learned h0 is nowhere else masked
-                given["h0"] = given["h0"] * stays
-        return n.target(**given)  # type: ignore[operator]
+            stays = (~gone).to(call.weight_ih.dtype).unsqueeze(0)
+            call = replace(call, **{str(site.argument): stays})
+            if site.argument == "gate" and Arguments.of(n).h0 in self.tracker.static:  # learned: not masked elsewhere
+                call = replace(call, h0=call.h0 * stays)
+        args, kwargs = call.call()
+        return RECURRENT(*args, **kwargs)
 
     def _masks(self, value: Any, shape: torch.Size) -> dict[int, torch.Tensor]:
         masks = {}

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from kfe_fx.labels.registry import overloads, rule
+from kfe_fx.labels.registry import rule
 from kfe_fx.labels.states import RESIZE
 from kfe_fx.labels.tracker import Dims, Layers, Tracker
-from kfe_fx.recurrent.op import CELLS, RECURRENT, Arguments
-
-aten = torch.ops.aten
+from kfe_fx.program import argument
+from kfe_fx.recurrent.op import CELL_OPS, CELLS, RECURRENT, Arguments
 
 
 @rule(RECURRENT)
 def layer(tracker: Tracker, node: fx.Node) -> list[Dims]:
     """Trace one direction of one layer: output, last hidden state and last cell state."""
     call = Arguments.of(node)
-    gates = CELLS[call.cell]
-    cells = _gate_rows(tracker, node, call, gates)
+    cells = _gate_rows(tracker, node, call)
     if call.weight_hr is None:
         hidden = cells
     else:
@@ -49,7 +45,7 @@ def layer(tracker: Tracker, node: fx.Node) -> list[Dims]:
     return [output, (batch, hidden), (batch, cells) if call.cell == "lstm" else ((),)]
 
 
-def _gate_rows(tracker: Tracker, node: fx.Node, call: Arguments, gates: int) -> Layers:
+def _gate_rows(tracker: Tracker, node: fx.Node, call: Arguments) -> Layers:
     """Merge the rows of all gates in everything that has one row a gate and unit; return the units."""
     rows = [(one, 0) for one in (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)]
     rows += [(call.gamma_ih, 0), (call.gamma_hh, 0)]
@@ -57,7 +53,7 @@ def _gate_rows(tracker: Tracker, node: fx.Node, call: Arguments, gates: int) -> 
     units: Layers | None = None
     for tensor, dim in rows:
         if tensor is not None:
-            units = _blocks(tracker, node, tracker.dims(tensor)[dim], gates, units)
+            units = _blocks(tracker, node, tracker.dims(tensor)[dim], CELLS[call.cell], units)
     assert units is not None
     for tensor, dim in ((call.gamma_c, 0), (call.beta_c, 0), (call.mean_c, 1), (call.var_c, 1)):
         if tensor is not None and tracker.shape(tensor)[dim] > 1:
@@ -85,21 +81,14 @@ def _join_state(tracker: Tracker, node: fx.Node, units: Layers, state: Layers) -
         tracker.unify(units, state, node)
 
 
-_CELLS = {
-    **dict.fromkeys(overloads(aten, "lstm_cell.default"), 4),
-    **dict.fromkeys(overloads(aten, "gru_cell.default"), 3),
-    **dict.fromkeys(overloads(aten, "rnn_tanh_cell.default", "rnn_relu_cell.default"), 1),
-}
-
-
-@rule(*_CELLS)
+@rule(*CELL_OPS)
 def cell(tracker: Tracker, node: fx.Node) -> Any:
     """Trace one step of a cell that the network calls by itself; the weights tie its steps."""
     states = node.args[1]
     hidden_state, cell_state = states if isinstance(states, list | tuple) else (states, None)
-    weights = [node.args[2], node.args[3], tracker.arg(node, 4, "b_ih"), tracker.arg(node, 5, "b_hh")]
-    call = Arguments(node.args[0], hidden_state, cell_state, *weights)
-    units = _gate_rows(tracker, node, call, _CELLS[_target(node)])
+    weights = [node.args[2], node.args[3], argument(node, 4, "b_ih"), argument(node, 5, "b_hh")]
+    call = Arguments(node.args[0], hidden_state, cell_state, *weights, cell=CELL_OPS[node.target])
+    units = _gate_rows(tracker, node, call)
     units = tracker.unify(units, tracker.dims(call.weight_hh)[1], node)
     if tracker.shape(call.weight_ih)[1] > 1:
         tracker.unify(tracker.dims(call.weight_ih)[1], tracker.dims(call.input)[-1], node)
@@ -117,8 +106,3 @@ def cell(tracker: Tracker, node: fx.Node) -> Any:
         if user.args[1] == 0:
             tracker.minted[user] = {len(output) - 1}
     return [output, output]
-
-
-def _target(node: fx.Node) -> OpOverload:
-    assert isinstance(node.target, OpOverload)
-    return node.target

@@ -10,6 +10,7 @@ from torch import fx
 from kfe_fx.labels.registry import overloads, relocator, rule
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.labels.tracker import Dims, Tracker
+from kfe_fx.program import argument
 
 aten = torch.ops.aten
 
@@ -71,8 +72,8 @@ def reduced_dims(tracker: Tracker, node: fx.Node) -> tuple[tuple[int, ...], bool
     schema = node.target._schema  # type: ignore[union-attr]
     rank = len(tracker.shape(node.args[0]))
     named = {argument.name: place for place, argument in enumerate(schema.arguments)}
-    dim: Any = tracker.arg(node, named["dim"], "dim") if "dim" in named else None
-    keep = bool(tracker.arg(node, named["keepdim"], "keepdim", False)) if "keepdim" in named else False
+    dim: Any = argument(node, named["dim"], "dim") if "dim" in named else None
+    keep = bool(argument(node, named["keepdim"], "keepdim", False)) if "keepdim" in named else False
     if dim is None or dim == []:
         return tuple(range(rank)), keep
     dims = dim if isinstance(dim, list | tuple) else [dim]
@@ -96,7 +97,7 @@ def summed(tracker: Tracker, node: fx.Node) -> Dims:
 
 def _order(tracker: Tracker, node: fx.Node) -> float:
     if node.target in _NORMS or node.target is aten.linalg_vector_norm.default:
-        order = tracker.arg(node, 1, "ord" if "linalg" in str(node.target) else "p", 2)
+        order = argument(node, 1, "ord" if "linalg" in str(node.target) else "p", 2)
         return float(2 if order is None else order)
     return 1.0
 
@@ -118,7 +119,7 @@ def scanned(tracker: Tracker, node: fx.Node) -> Any:
     dims = list(tracker.dims(node.args[0]))
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     place = names.index("dim")
-    dim = int(tracker.arg(node, place, "dim", -1)) % max(len(dims), 1)
+    dim = int(argument(node, place, "dim", -1)) % max(len(dims), 1)
     if dims:
         tracker.freeze(dims[dim], node, "is normalised or ordered over")
         dims[dim] = ()

@@ -126,11 +126,9 @@ def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> 
         if node.op == "placeholder":
             continue  # a state is gated where it is computed
         if site.argument is not None:
-            plain = isinstance(examples.values[node], list) and examples.layout_of(examples.values[node][1]) == (
-                0,
-                "plain",
-            )
-            found.append(GateSite(node.name, 1, site.units, 0, "plain" if plain else None, site.argument))
+            rows = examples.layout_of(examples.values[node][1])  # of the last state, [N, units]
+            layout = "plain" if rows == (0, "plain") else None
+            found.append(GateSite(node.name, 1, site.units, 0, layout, site.argument))
             continue
         users = list(node.users)
         if len(users) == 1 and users[0].target in _NORMS:

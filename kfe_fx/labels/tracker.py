@@ -93,12 +93,6 @@ class Tracker:
         """Replace integer nodes in arguments by their value at the analysis sizes."""
         return map_arg(args, lambda arg: self.fakes[arg] if not self.is_tensor(arg) else arg)
 
-    def arg(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-        """Return an argument that may be given by position or by name."""
-        if len(node.args) > position:
-            return node.args[position]
-        return node.kwargs.get(name, default)
-
     # writing ---------------------------------------------------------------------------------------------------------
 
     def reason(self, node: fx.Node, text: str) -> Reason:

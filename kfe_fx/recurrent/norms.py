@@ -66,6 +66,11 @@ def scale_of(gamma: Tensor, var: Tensor, eps: float) -> Tensor:
     return gamma * torch.rsqrt(var + eps)
 
 
+def shared_rows(*tables: Tensor) -> bool:
+    """Tell whether all rows of each table of running statistics are equal: all steps then share the first."""
+    return all(bool((table == table[:1]).all()) for table in tables)
+
+
 def folded(call: Arguments) -> Arguments:
     """Fold what is normalised by one row of running statistics into the weights; what is not stays.
 

@@ -17,6 +17,13 @@ import torch
 from torch import Tensor, fx
 
 CELLS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # and the number of gates
+# single steps that a network calls by itself: (input, state or states, weight_ih, weight_hh, b_ih=None, b_hh=None)
+CELL_OPS: dict[Any, str] = {
+    torch.ops.aten.lstm_cell.default: "lstm",
+    torch.ops.aten.gru_cell.default: "gru",
+    torch.ops.aten.rnn_tanh_cell.default: "rnn_tanh",
+    torch.ops.aten.rnn_relu_cell.default: "rnn_relu",
+}
 
 _ARGUMENTS = """(
     Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih=None,
@@ -104,7 +111,8 @@ class Arguments:
     def of(cls, node: fx.Node) -> Arguments:
         """Read the arguments of a node."""
         names = [field.name for field in fields(cls)]
-        return cls(**dict(zip(names, node.args, strict=False)), **node.kwargs)  # type: ignore[arg-type]
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return cls(**given)
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return them as the operation takes them: tensors by position as far as they go, options by name."""
@@ -152,11 +160,6 @@ RECURRENT = torch.ops.kfe_fx.recurrent.default
 OPAQUE = torch.ops.kfe_fx.recurrent_layer.default
 
 
-def _opaque(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        return recurrent(*args, **kwargs)
-
-
 def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Arguments(*args, **kwargs)
     value, hidden = call.input, call.weight_hh.shape[0] // CELLS[call.cell]
@@ -173,8 +176,7 @@ def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, value.new_empty((batch, width)), c_n
 
 
-_LIBRARY.impl("recurrent_layer", _opaque, "CPU")
-_LIBRARY.impl("recurrent_layer", _opaque, "CUDA")
+# it has no kernel: nothing but a trace calls it
 torch.library.register_fake("kfe_fx::recurrent_layer", _shapes, lib=_LIBRARY)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from kfe_fx.errors import UnsupportedModel
-from kfe_fx.program import Program, get_tensor, named_tensors, run_node
+from kfe_fx.program import Program, argument, get_tensor, named_tensors, run_node
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.runtime.recurrent_onnx import LAYER_OP, PARTS, SCAN_OP
 from kfe_fx.runtime.recurrent_transposes import SAME, Transposes
@@ -44,9 +44,10 @@ def lower_recurrent(graph: fx.Graph, program: Program) -> Constants:
 
 def lengths_source(node: fx.Node) -> fx.Node:
     """Return what the lengths of a recurrent layer are before they were cast."""
-    while node.target in _CASTS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    source: Any = node
+    while source.target in _CASTS:
+        source = source.args[0]
+    return source
 
 
 class _Lowering:
@@ -238,9 +239,9 @@ class _Lowering:
         whole = self._laid_out(pair[0], joint)
         picked = [[user for user in node.users if user.args[1] == 0] for node in pair]
         for cat in {user for one in picked[0] for user in one.users if user.target is aten.cat.default}:
-            parts, dim = cat.args[0], cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-            both = len(parts) == 2 and parts[0] in picked[0] and parts[1] in picked[1]  # type: ignore[arg-type, index]
-            if both and dim in (-1, 2):
+            parts: Any = cat.args[0]
+            both = len(parts) == 2 and parts[0] in picked[0] and parts[1] in picked[1]
+            if both and argument(cat, 1, "dim", 0) in (-1, 2):
                 cat.replace_all_uses_with(whole)
                 self.graph.erase_node(cat)
         width = self.folded[pair[0]].recurrence.shape[1]
@@ -274,8 +275,7 @@ class _Lowering:
         """Read the last states of whole layers where they are stacked, instead of taking them apart before."""
         for stack in list(self.graph.find_nodes(op="call_function", target=aten.stack.default)):
             parts: Any = stack.args[0]
-            dim = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
-            if dim != 0 or not all(part in self.ends for part in parts):
+            if argument(stack, 1, "dim", 0) != 0 or not all(part in self.ends for part in parts):
                 continue
             known = [self.ends[part] for part in parts]
             wholes = list(dict.fromkeys(whole for whole, _, _ in known))

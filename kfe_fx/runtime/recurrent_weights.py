@@ -10,12 +10,12 @@ r multiplies it. What differs from step to step, or acts on the cell state chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from kfe_fx.recurrent.norms import SIDES, folded, scale_of, shared_rows
 from kfe_fx.recurrent.op import CELLS, Arguments
 
 # ONNX's gates in terms of PyTorch's: i, o, f, c of i, f, g, o; z, r, h of r, z, n
@@ -53,75 +53,52 @@ class Folded:
         return not self.tables and self.projection is None
 
 
-@dataclass
-class _Side:
-    """One of the two products: its weight, bias, and what stays a table (scale and shift, [rows, g H])."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-
 def fold(call: Arguments) -> Folded:
     """Fold what can be folded of the tensors in ``call``, which must hold values."""
-    values: dict[str, Any] = {field.name: getattr(call, field.name) for field in fields(call)}
-    given = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
-    sides = [_side(given, side, call.eps) for side in ("ih", "hh")]
-    tables = {}
-    if sides[0].scale is not None:
-        tables["x_scale"] = sides[0].scale
-    if sides[1].scale is not None:
-        tables["h_scale"] = sides[1].scale
-    x_shift, h_shift = sides[0].shift, sides[1].shift
-    if call.cell != "gru" and h_shift is not None:  # the sides meet in a sum
-        x_shift, h_shift = h_shift if x_shift is None else _sum_of_rows(x_shift, h_shift), None
-    if x_shift is not None:
-        tables["x_shift"] = x_shift
-    if h_shift is not None:
-        tables["h_shift"] = h_shift
+    call = folded(_one_row_each(call))
+    tables: dict[str, Tensor] = {}
+    if call.gamma_ih is not None:
+        tables["x_scale"], tables["x_shift"] = _affine(call, "ih")
+    if call.gamma_hh is not None:
+        tables["h_scale"], shift = _affine(call, "hh")
+        if call.cell == "gru":
+            tables["h_shift"] = shift
+        else:  # the sides meet in a sum
+            tables["x_shift"] = _sum_of_rows(tables["x_shift"], shift) if "x_shift" in tables else shift
     scale = None
     if call.gamma_c is not None:
-        out, shift = _cell(given, call.eps)
-        if out.numel() == 1 and shift is None:
-            scale = float(out)
+        table = scale_of(call.gamma_c, call.var_c, call.eps)  # [rows, H or 1]
+        if call.beta_c is not None:
+            tables["c_scale"], tables["c_shift"] = table, call.beta_c - table * call.mean_c
+        elif table.numel() == 1:  # one scale of all, which does not centre
+            scale = float(table)
         else:
-            tables["c_scale"] = out
-            if shift is not None:
-                tables["c_shift"] = shift
-    first, second = sides
-    projection = given.get("weight_hr")
-    return Folded(call.cell, first.weight, second.weight, first.bias, second.bias, projection, scale, tables)
+            tables["c_scale"] = table
+    sides = call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh
+    return Folded(call.cell, *sides, call.weight_hr, scale, tables)
 
 
-def _side(given: dict[str, Tensor], side: str, eps: float) -> _Side:
-    weight, bias = given[f"weight_{side}"], given.get(f"bias_{side}")
-    if f"gamma_{side}" not in given:
-        return _Side(weight, bias)
-    mean, variance = _rows(given[f"mean_{side}"]), _rows(given[f"var_{side}"])
-    scale = given[f"gamma_{side}"] / torch.sqrt(variance + eps)  # [rows, g H]
-    shift = -scale * mean
-    if len(scale) == len(shift) == 1:
-        return _Side(scale[0].unsqueeze(1) * weight, _sum(bias, shift[0]))
-    return _Side(weight, bias, scale, shift)
+def _one_row_each(call: Arguments) -> Arguments:
+    """Take tensors in float64, and one row of statistics of a side where all are equal."""
+    given = {name: value.detach().double() for name, value in vars(call).items() if isinstance(value, Tensor)}
+    for side in SIDES:
+        held = {name: given[name] for name in (f"mean_{side}", f"var_{side}") if name in given}
+        if shared_rows(*held.values()):
+            given |= {name: table[:1] for name, table in held.items()}
+    return replace(call, **given)
 
 
-def _cell(given: dict[str, Tensor], eps: float) -> tuple[Tensor, Tensor | None]:
-    scale = given["gamma_c"] / torch.sqrt(_rows(given["var_c"]) + eps)  # [rows, H or 1]
-    if "beta_c" not in given:  # one scale of all, which does not centre
-        return scale, None
-    return scale, given["beta_c"] - scale * _rows(given["mean_c"])
+def _affine(call: Arguments, side: str) -> tuple[Tensor, Tensor]:
+    """Return what normalisation multiplies by and adds, [rows, g H] each."""
+    gamma, mean, var = (getattr(call, f"{part}_{side}") for part in ("gamma", "mean", "var"))
+    scale = scale_of(gamma, var, call.eps)
+    return scale, -scale * mean
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if left is None or right is None:
         return right if left is None else left
     return left + right
-
-
-def _rows(table: Tensor) -> Tensor:
-    """Keep one row where all are equal: the steps then share their statistics."""
-    return table[:1] if bool((table == table[:1]).all()) else table
 
 
 def _sum_of_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -164,8 +141,8 @@ def of_operation(layers: list[Folded], like: Tensor) -> tuple[Tensor, Tensor, Te
         sides = [[zeros if side is None else side for side in (one.bias_ih, one.bias_hh)] for one in layers]
         orders = [one.cell for one in layers]
         bias = torch.stack([torch.cat([_reordered(s, o) for s in pair]) for pair, o in zip(sides, orders, strict=True)])
-    made = (weight, recurrence, bias)
-    return tuple(None if one is None else one.to(like.dtype).contiguous() for one in made)  # type: ignore[return-value]
+    weight, recurrence = (one.to(like.dtype).contiguous() for one in (weight, recurrence))
+    return weight, recurrence, None if bias is None else bias.to(like.dtype).contiguous()
 
 
 def _reordered(value: Tensor, cell: str) -> Tensor:

@@ -17,7 +17,8 @@ from torch import fx
 
 from kfe_fx import taps
 from kfe_fx.errors import KfeError
-from kfe_fx.program import Program, copy_graph, named_tensors
+from kfe_fx.program import Program, argument, copy_graph, named_tensors
+from kfe_fx.recurrent.norms import shared_rows
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.runtime.inputs import draw_inputs, to_feeds
 from kfe_fx.runtime.onnx_file import named_outputs, onnx_bytes
@@ -178,7 +179,7 @@ def _shared_statistics(program: Program) -> set[int]:
         for table in (call.mean_ih, call.var_ih, call.mean_hh, call.var_hh, call.mean_c, call.var_c):
             if table is not None and table.op == "get_attr":
                 value = program.tensor(str(table.target))
-                if bool((value == value[:1]).all()):
+                if shared_rows(value):
                     held.add(id(value))
     return held
 
@@ -234,8 +235,7 @@ def _groups(program: Program) -> dict[str, int]:
     groups = {}
     for node in program.graphs["eval"].nodes:
         if node.op == "call_function" and node.target in _WEIGHTED and isinstance(node.args[1], fx.Node):
-            given = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-            groups[str(node.args[1].target)] = int(given)
+            groups[str(node.args[1].target)] = int(argument(node, 6, "groups", 1))
     return groups
 
 

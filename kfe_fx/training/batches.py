@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from kfe_fx.data.dataset import ArrayData
 from kfe_fx.data.npz import TARGETS
 from kfe_fx.errors import BadData
-from kfe_fx.labels.states import narrow_input, resizable
+from kfe_fx.labels.states import narrow_input, widths
 from kfe_fx.program import Program
 from kfe_fx.structure import pack
 
@@ -138,7 +138,7 @@ class Batches:
             value.to(wanted) if wanted is not None and wanted.is_floating_point and value.is_floating_point() else value
             for value, wanted in zip(flat, self._types, strict=True)
         ]
-        if resizable(self.program):  # examples for the original feed what was cut from it
+        if widths(self.program):  # examples for the original feed what was cut from it
             names = self.program.signature.input_names
             cast = [narrow_input(self.program, name, value) for name, value in zip(names, cast, strict=True)]
         counts = (

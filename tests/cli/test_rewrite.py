@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -71,3 +72,17 @@ def test_what_cannot_run_leaves_no_file(model: Path, tmp_path: Path, passes: str
     assert isinstance(result.exception, kfe_fx.UsageError)
     assert words in str(result.exception)
     assert not target.exists()
+
+
+def test_a_misspelt_pass_is_found_before_data_is_loaded(model: Path, tmp_path: Path) -> None:
+    missing = ["--data", str(tmp_path / "none.npz"), "-o", str(tmp_path / "out.pt")]
+    for passes, error in (("batchnorm-recurent", kfe_fx.UsageError), ("batchnorm-recurrent", kfe_fx.BadData)):
+        assert isinstance(CliRunner().invoke(cli, ["rewrite", str(model), passes, *missing]).exception, error)
+
+
+def test_examples_of_the_command_line_go_before_the_sample_of_the_file(model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "longer.npz", x=np.random.default_rng(0).normal(size=(16, 9, 3)).astype(np.float32))
+    words = ["rewrite", str(model), "batchnorm-recurrent{mode=full}", "-o", str(tmp_path / "out.pt"), "--json"]
+    result = CliRunner().invoke(cli, [*words, "--data", str(tmp_path / "longer.npz")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["facts"]["batchnorm-recurrent"]["layers"] == {"layer.l0": 9}

@@ -87,6 +87,14 @@ class TestBuiltIn:
         assert np.array_equal(tagged.targets.numpy(), source_text.held_out_tags(12)[1])
         assert tagged.classes == source_text.TAGS
 
+    @pytest.mark.parametrize("name", ["glyphs", "chars", "tags"])
+    def test_without_a_count(self, name: str):
+        assert torch.equal(only(load_data(name, limit=3)), only(load_data(f"{name}:3")))
+
+    @pytest.mark.parametrize("name", ["chars", "tags"])
+    def test_without_a_limit_either(self, name: str):
+        assert len(load_data(name)) == 10_000
+
     @pytest.mark.parametrize("spec", ["chars:", "chars:many", "tags:5:1:1", "tags:held-out:5:1"])
     def test_misspelt_source_text(self, spec: str):
         refused(spec, "is not (chars|tags):COUNT.*; try (chars|tags):20000")

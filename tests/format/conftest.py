@@ -7,10 +7,11 @@ import torch
 
 from kfe_fx.format import save
 from kfe_fx.frontend.capture import capture
+from kfe_fx.passes.prune import prune
 from kfe_fx.program import Program
-from tests.format.nets import Attention, Convolutional, Wide, examples
+from tests.format.nets import Attention, Convolutional, Streaming, Wide, examples
 
-NETS = {"convolutional": Convolutional, "attention": Attention, "wide": Wide}
+NETS = {"convolutional": Convolutional, "attention": Attention, "wide": Wide, "streaming": Streaming}
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,9 @@ def programs() -> dict[str, Program]:
     torch.manual_seed(0)
     nets = {name: make() for name, make in NETS.items()}
     axes = {"ids": {0: "batch", 1: "time"}}
-    return {name: capture(net, examples(net), axes if name == "attention" else None) for name, net in nets.items()}
+    made = {name: capture(net, examples(net), axes if name == "attention" else None) for name, net in nets.items()}
+    smaller = prune(made["streaming"], budget=0.5, metric="widths", criterion="magnitude", resize_state=True)
+    return made | {"streaming": smaller.program}
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,19 @@ class Attention(nn.Module):
         return self.head(y), [y, y + shift]
 
 
+class Streaming(nn.Module):
+    """A recurrent layer whose state comes in and goes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 6, batch_first=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        steps, h = self.layer(x, h)
+        return self.head(steps), h
+
+
 class Wide(nn.Module):
     """Parameters and buffers of other types and memory orders; one memory format argument, one dtype argument."""
 
@@ -79,6 +92,8 @@ def examples(net: nn.Module) -> Any:
     if isinstance(net, Attention):
         ids = torch.randint(11, (2, 5), generator=generator)
         return (ids,), {"options": {"gain": torch.ones(8)}, "shift": 0.5}
+    if isinstance(net, Streaming):
+        return torch.randn(2, 5, 3, generator=generator), torch.randn(1, 2, 6, generator=generator)
     return torch.randn(2, 2, 5, 5, generator=generator)
 
 

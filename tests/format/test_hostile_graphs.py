@@ -102,7 +102,7 @@ def mutate(document: Any, rng: random.Random) -> tuple[Any, str]:
     return document, f"{kind} {path}"
 
 
-@pytest.mark.parametrize("name", ["convolutional", "attention"])
+@pytest.mark.parametrize("name", ["convolutional", "attention", "streaming"])
 def test_any_change_is_refused_or_harmless(name: str, saved: dict[str, Path], tmp_path: Path):
     rng = random.Random(name)
     document = graph_of(saved[name])
@@ -263,6 +263,26 @@ def test_truth_values_are_zero_or_one(saved: dict[str, Path], tmp_path: Path):
     root, held = records(saved["wide"])
     held[entry["record"]] = b"\x01\x00\x07\x01"
     assert "truth value" in attempt(forge(tmp_path / "x.pt", root, list(held.items())))
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        *(7, [], {"inputs": {}}, {"h": {"width": 6, "kept": [0]}}, {"inputs": {"h": {"width": 6}}, "outputs": {}}),
+        *(
+            {"inputs": {"h": {"width": 6, "kept": kept}}, "outputs": {}}
+            for kept in ([0, 1], [0, 1, 6], [1, 0, 2], "abc")
+        ),
+        {"inputs": {"x": {"width": 2**40, "kept": [0, 1, 2]}}, "outputs": {}},
+        {"inputs": {"y": {"width": 6, "kept": [0, 1, 2]}}, "outputs": {}},
+        {"inputs": {}, "outputs": {"last": {"width": 6, "kept": [0, 1, 2]}}},
+    ],
+)
+def test_states_that_no_network_has(states: Any, saved: dict[str, Path], tmp_path: Path):
+    document = graph_of(saved["streaming"])
+    assert document["sections"]["states"]["inputs"]["h"]["width"] == 6
+    document["sections"]["states"] = states
+    assert "sections.states" in attempt(forge_graph(tmp_path / "x.pt", saved["streaming"], document))
 
 
 def test_optional_sections_of_other_versions_are_kept(saved: dict[str, Path], tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfe_fx.errors import UnsupportedModel, UsageError
+from kfe_fx.format import load, save
 from kfe_fx.frontend.capture import capture
 
 
@@ -238,6 +240,22 @@ def test_any_name_is_fine() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     close(program(x), module(x))
     assert list(program.state_dict()) == list(module.state_dict())
+
+
+def test_an_input_may_be_called_like_a_parameter(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.mul = nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, mul_weight: torch.Tensor) -> torch.Tensor:
+            return self.mul(x * self.x) * mul_weight
+
+    module, inputs = Scaled(), (torch.randn(3, 4), torch.randn(3, 2))
+    program = capture(module, inputs)
+    close(program(*inputs), module(*inputs))
+    save(program, tmp_path / "model.pt")
+    close(load(tmp_path / "model.pt")(*inputs), module(*inputs))
 
 
 class Tied(nn.Module):

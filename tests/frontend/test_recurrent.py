@@ -130,6 +130,23 @@ def test_bad_lengths_are_refused(lengths: list[int], words: str) -> None:
         program(torch.randn(2, 5, 3).double(), torch.tensor(lengths))
 
 
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_source_that_trims_is_named(mean: bool) -> None:
+    """The graph keeps the padded length, which shows where the example's longest sequence does not fill it."""
+
+    class Mean(Packed):
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            steps = super().forward(x, lengths)[0]
+            return steps.mean(1) if mean else steps
+
+    net, x = Mean(layer_of("lstm", batch_first=True)), torch.randn(2, 5, 3).double()
+    with pytest.raises(UnsupportedModel, match=r"trims to the longest sequence: feed batches .* total_length"):
+        capture(net, (x, torch.tensor([3, 2])))
+    assert [note for note in capture(net, (x, torch.tensor([5, 2]))).notes if "trims to the longest" in note]
+    net.options = {"total_length": 5}
+    assert not capture(net, (x, torch.tensor([5, 2]))).notes
+
+
 def test_what_only_a_packed_sequence_has_is_refused() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,6 @@ removed units are minted.
 from __future__ import annotations
 
 import copy
-import random
 
 import pytest
 import torch
@@ -19,23 +18,13 @@ from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
+from tests.labels.removals import some
 from tests.random_nets import Case, nets, outputs, sample_net
 
 TOLERANCE = 1e-10  # float64
-SHARE = 0.4
 
 
-def choose(analysis: Analysis, seed: int) -> set[int]:
-    rng = random.Random(seed)
-    removed: set[int] = set()
-    for group in analysis.groups:
-        for unit in rng.sample(group.units, max(1, round(len(group.units) * SHARE))):
-            if not any(floor <= removed | {unit} for floor in analysis.floors):
-                removed.add(unit)
-    return removed
-
-
-def minted_places(analysis: Analysis, removed: set[int]) -> list[tuple[str, int, list[int]]]:
+def minted_places(analysis: Analysis, removed: frozenset[int]) -> list[tuple[str, int, list[int]]]:
     """List (parameter, dim, indices) of the removed units in the dims of their groups."""
     found = []
     for group in analysis.groups:
@@ -64,7 +53,7 @@ def silenced(module: nn.Module, places: list[tuple[str, int, list[int]]]) -> nn.
 def check(case: Case) -> None:
     program = capture(case.module, case.inputs)
     analysis = analyze(program)
-    removed = choose(analysis, case.description["seed"])
+    removed = some(analysis, case.description["seed"])
     assert removed
     small = Shrink(Plan.of_units(analysis, removed)).run(program).program
     expected = silenced(case.module, minted_places(analysis, removed))
@@ -87,7 +76,7 @@ def test_the_oracle_sees_a_unit_that_is_not_zeroed() -> None:
     case = sample_net(3, zero_preserving=True)
     program = capture(case.module, case.inputs)
     analysis = analyze(program)
-    small = Shrink(Plan.of_units(analysis, choose(analysis, 0))).run(program).program
+    small = Shrink(Plan.of_units(analysis, some(analysis, 0))).run(program).program
     with torch.no_grad():
         wanted, found = outputs(case.module(*case.inputs))[0], outputs(small(*case.inputs))[0]
     assert float((wanted - found).abs().max()) > 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import pytest
@@ -15,11 +14,11 @@ from kfe_fx.labels.oracle import run_masked
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
+from tests.labels.removals import some
 from tests.random_nets import FAMILIES, Case, nets, sample_net
 
 TOLERANCE = 1e-10  # float64; the largest seen is 1e-12
 BATCHES = (2, 5)
-SHARE = 0.4
 
 # Beside all families at once, three narrower strategies over the same grammar, so that workers share the load.
 PARTS = {
@@ -49,16 +48,11 @@ class Pruned:
     small: Program
 
 
-def remove_at_random(program: Program, seed: int, share: float = SHARE) -> Pruned:
+def remove_at_random(program: Program, seed: int) -> Pruned:
     analysis = analyze(program)
-    choose = random.Random(seed)
-    removed: set[int] = set()
-    for group in analysis.groups:
-        for unit in choose.sample(group.units, max(1, round(len(group.units) * share))):
-            if not any(floor <= removed | {unit} for floor in analysis.floors):
-                removed.add(unit)
+    removed = some(analysis, seed)
     plan = Plan.from_json(Plan.of_units(analysis, removed).to_json())
-    return Pruned(program, analysis, frozenset(removed), Shrink(plan).run(program).program)
+    return Pruned(program, analysis, removed, Shrink(plan).run(program).program)
 
 
 def inputs_of(program: Program, batch: int, seed: int) -> list[torch.Tensor]:

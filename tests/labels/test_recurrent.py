@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
+from kfe_fx.format import load, save
 from kfe_fx.frontend.capture import capture
-from kfe_fx.gates import gated
+from kfe_fx.gates import gated, strip
 from kfe_fx.labels.analysis import Analysis, analyze
-from kfe_fx.labels.states import find_states, free_states, narrow_input, widths
+from kfe_fx.labels.oracle import run_masked
+from kfe_fx.labels.states import find_states, narrow_input, permit, resizable, resized, widths
 from kfe_fx.passes.apply import apply
 from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent
 from kfe_fx.passes.proof import masked_error
+from kfe_fx.passes.prune import prune
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
-from kfe_fx.program import Program
+from kfe_fx.program import Program, graph_text
+from tests.labels.removals import some
 
 LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -56,16 +61,6 @@ class Net(nn.Module):
 def net_of(kind: str, head: str = "last", **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return Net(kind, head, **options).double().eval()
-
-
-def some(analysis: Analysis, seed: int = 0, share: float = 0.4) -> frozenset[int]:
-    choose = random.Random(seed)
-    removed: set[int] = set()
-    for group in analysis.groups:
-        for unit in choose.sample(group.units, max(1, round(len(group.units) * share))):
-            if not any(floor <= removed | {unit} for floor in analysis.floors):
-                removed.add(unit)
-    return frozenset(removed)
 
 
 @pytest.mark.parametrize("kind", sorted(LAYERS))
@@ -188,6 +183,24 @@ def test_gates_act_inside_the_recurrence_for_each_example(kind: str, options: di
             assert abs((ends[0] - ends[1]) / 2e-5 - found[group][example, unit].item()) <= 1e-8
 
 
+def test_layers_whose_weights_are_all_computed_are_gated_and_stripped() -> None:
+    net = net_of("lstm", bias=False)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        register_parametrization(net.layer, name, nn.Tanh())
+    program = capture(net, torch.randn(2, 5, 3).double())
+    analysis = analyze(program)
+    network = gated(program, analysis)
+    removed = some(analysis)
+    gates = [torch.tensor([[float(unit not in removed) for unit in units]]).double() for units in network.units]
+    x = torch.randn(3, 7, 3).double()
+    with torch.no_grad():
+        error = network.run([x], gates) - run_masked(analysis, removed, [x])[0]
+    assert float(error.abs().max()) <= 1e-12
+    graph = network.module.graphs["eval"]
+    assert strip(graph, program.signature.input_names) > 0
+    assert graph_text(graph) == graph_text(program.graphs["eval"])
+
+
 def test_learned_first_states_lose_their_entries_and_are_masked_and_gated_too() -> None:
     class Learned(nn.Module):
         def __init__(self) -> None:
@@ -266,13 +279,13 @@ def test_a_state_that_leaves_is_named() -> None:
     assert not analysis.units
     reasons = {frozen.reason for frozen in analysis.frozen if frozen.param == "layer.weight_hh_l0"}
     assert any("a state that leaves the network (--resize-state" in reason for reason in reasons), reasons
-    assert len(analyze(free_states(program)).units) == 6
+    assert len(analyze(permit(program, allowed=True)).units) == 6
 
 
 def test_states_may_lose_units_when_asked_to() -> None:
     net, program = streaming()
     assert find_states(program.graphs["eval"]).inputs == {"h", "c"}
-    free = free_states(program)
+    free = permit(program, allowed=True)
     analysis = analyze(free)
     assert [len(group.units) for group in analysis.groups] == [6]  # states of both layers are one tensor
     removed = some(analysis)
@@ -280,17 +293,56 @@ def test_states_may_lose_units_when_asked_to() -> None:
     small = Shrink(plan).run(program).program  # the plan itself says that states were resized
     left = 6 - len(removed)
     assert [tuple(value.shape) for value in small.flat_examples()] == [(2, 5, 3), (2, 2, left), (2, 2, left)]
-    assert len(widths(small)["h"]["kept"]) == left
+    assert len(widths(small)["inputs"]["h"]["kept"]) == left
     error, _ = masked_error(analysis, small, removed, 0)
     assert error <= 1e-12
     x, h, c = torch.randn(1, 4, 3).double(), torch.randn(2, 1, 6).double(), torch.randn(2, 1, 6).double()
-    kept = widths(small)["h"]["kept"]
+    kept = widths(small)["inputs"]["h"]["kept"]
     with torch.no_grad():
         y, h_n, _ = small(x, narrow_input(small, "h", h), narrow_input(small, "c", c))
         h[..., [k for k in range(6) if k not in kept]] = 0.0
         expected = zeroed(net, analysis, removed)(x, h, c * torch.tensor([float(k in kept) for k in range(6)]))
     assert float((y - expected[0]).abs().max()) <= 1e-12
     assert float((h_n - expected[1][..., kept]).abs().max()) <= 1e-12
+
+
+def test_the_record_of_states_outlasts_the_permission(tmp_path: Path) -> None:
+    _, program = streaming()
+    small = prune(program, budget=0.5, metric="widths", criterion="magnitude", resize_state=True).program
+    assert resized(small).keys() == {"input h", "input c", "output 1", "output 2"}
+    save(small, tmp_path / "small.pt")
+    back = load(tmp_path / "small.pt")
+    assert widths(back) == widths(small)
+    assert not resizable(small)
+    assert not analyze(back).units  # states are frozen again
+    again = prune(back, budget=0.5, metric="widths", criterion="magnitude", resize_state=True).program
+    kept, before = [made["inputs"]["h"]["kept"] for made in (widths(again), widths(small))]
+    assert set(kept) < set(before)  # indices of the first original
+    assert widths(again)["outputs"]["1"]["kept"] == kept
+    x, h, c = program.flat_examples()
+    with torch.no_grad():
+        expected = again(x, h[..., kept], c[..., kept])
+        found = again(x, narrow_input(again, "h", h), narrow_input(again, "c", c))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_an_input_may_be_called_like_a_parameter() -> None:
+    """What is kept of a node is not looked up among the parameters."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = nn.Parameter(torch.randn(4, 5))
+            self.layer, self.after = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return self.after(self.layer(x @ self.h, h)[0])
+
+    program = capture(Named(), (torch.randn(2, 3, 4), torch.randn(1, 2, 6)))
+    analysis = analyze(permit(program, allowed=True))
+    unit = next(group.units[0] for group in analysis.groups if len(group.units) == 6)
+    small = Shrink(Plan.of_units(analysis, {unit})).run(program).program
+    assert small.flat_examples()[1].shape == (1, 2, 5)
 
 
 def test_a_plan_applies_to_the_module_where_its_layers_have_one_width() -> None:

@@ -152,6 +152,42 @@ def test_embeddings() -> None:
     assert small(x).shape == (2, 3, 2)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_of_a_class_of_their_own(kind: type[nn.RNNBase]) -> None:
+    own = type("Own", (kind,), {})
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = own(3, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0])
+
+    small, _ = surgery(Net(), torch.randn(2, 5, 3, dtype=torch.float64))
+    assert type(small.layer) is own
+    assert (small.layer.input_size, small.layer.hidden_size) == (3, 3)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_of_a_class_of_their_own(kind: type[nn.RNNCellBase]) -> None:
+    own = type("Own", (kind,), {})
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = own(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state: Any = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    small, _ = surgery(Net(), torch.randn(2, 4, 3, dtype=torch.float64))
+    assert (small.cell.input_size, small.cell.hidden_size) == (3, 3)
+
+
 def test_buffers_and_flags_come_along() -> None:
     class Scaled(nn.Module):
         scale: Tensor

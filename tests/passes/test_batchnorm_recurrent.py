@@ -45,9 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 def test_a_trained_network_keeps_its_function_in_evaluation(name: str, options: dict[str, Any]):
     net = program(name)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    pass_ = BatchnormRecurrent(data=batches(name, 2), **options)
-    result = pass_.run(net)
-    assert pass_.keeps == "exact"
+    result = BatchnormRecurrent(data=batches(name, 2), **options).run(net)
     assert result.facts["keeps"] == "exact"
     assert not result.facts["skipped"]
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
@@ -153,9 +151,8 @@ def test_inputs_that_are_equal_in_all_sequences_are_told():
 
 def test_untrained_networks_get_the_published_start():
     net = program("lstm")
-    pass_ = BatchnormRecurrent(mode="full", cell_norm="channel")
-    result = pass_.run(net)
-    assert pass_.keeps == result.facts["keeps"] == "trained"
+    result = BatchnormRecurrent(mode="full", cell_norm="channel").run(net)
+    assert result.facts["keeps"] == "trained"
     assert result.facts["layers"] == {"layer.l0": STEPS}
     state = result.program.state_dict()
     for name in ("gamma_ih", "gamma_hh", "gamma_c"):

@@ -58,7 +58,7 @@ def test_in_float32():
 def test_the_whole_way_of_a_trained_network():
     net = program("stack")
     text = "batchnorm-recurrent{mode=full},finalise-recurrent,fold-recurrent-batchnorm"
-    pipeline = Pipeline.from_text(text, data=data("stack"))
+    pipeline = Pipeline.from_text(text).with_data(data("stack"))
     result = pipeline.run(net)
     assert result.program.hash() == net.hash()
     assert result.program.lineage == ("batchnorm-recurrent", "finalise-recurrent", "fold-recurrent-batchnorm")

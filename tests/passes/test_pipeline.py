@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,18 +75,45 @@ class Liar(Pass):
 
     name: ClassVar[str] = "liar"
     keeps: ClassVar[str] = "exact"
+    told: str | None = None
+    data: Any = None
 
     def run(self, program: Program) -> PassResult:
         twin = program.copy()
         with torch.no_grad():
             twin.tensor("0.weight").mul_(1.01)
-        return PassResult(twin, True)
+        return PassResult(twin, True, {} if self.told is None else {"keeps": self.told})
+
+
+class Admits(Liar):
+    """Say as a class that the function is another one."""
+
+    keeps: ClassVar[str] = "trained"
 
 
 def test_a_pass_that_changes_the_function_and_says_that_it_does_not_is_caught() -> None:
     with pytest.raises(VerificationFailed, match="liar keeps the function"):
         Pipeline((Liar(),)).run(program())
     assert Pipeline((Liar(),)).run(program(), verify=False).modified
+
+
+def test_what_a_run_says_of_itself_goes_before_what_the_class_says() -> None:
+    assert Pipeline((Admits(), Liar("trained"))).run(program()).modified
+    with pytest.raises(VerificationFailed, match="liar keeps the function"):
+        Pipeline((Admits("exact"),)).run(program())
+
+
+def test_facts_of_every_pass_are_kept() -> None:
+    steps = (Admits(), CaptureCurvature(), Liar("trained"), Liar("observes"))
+    facts = Pipeline(steps).run(program(), verify=False).facts
+    assert list(facts) == ["liar", "capture-curvature", "liar#2", "liar#3"]
+    assert [facts[name] for name in ("liar", "liar#2", "liar#3")] == [{}, {"keeps": "trained"}, {"keeps": "observes"}]
+
+
+def test_data_goes_to_the_passes_that_read_it() -> None:
+    pipeline = Pipeline((Liar("exact"), StripCurvature()))
+    assert pipeline.with_data([1]).passes == (Liar("exact", data=[1]), StripCurvature())
+    assert pipeline.passes == (Liar("exact"), StripCurvature())
 
 
 def test_a_word_is_text_where_the_option_is_text() -> None:
