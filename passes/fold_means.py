@@ -120,8 +120,9 @@ class FoldMeans(Pass):
         lost[torch.from_numpy(np.asarray(kept))] = 0
         weight = self.analysis.program.tensor(consumer.weight).detach().double()
         sent = _apply(consumer, lost, weight)
-        rows = (consumer.weight, 0) if consumer.node.target is RECURRENT else (consumer.node.name, consumer.out)
-        out = self.analysis.kept(rows[0], removed)[rows[1]]
+        whole = consumer.node.target is RECURRENT  # what it shifts is as long as the rows of its weight
+        rows = self.analysis.kept(consumer.weight, removed) if whole else self.analysis.kept_of(consumer.node, removed)
+        out = rows[0 if whole else consumer.out]
         return sent if out is None else sent[torch.from_numpy(out)]
 
 

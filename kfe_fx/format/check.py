@@ -41,6 +41,7 @@ def check_runs(program: Program) -> None:
             _run(program, mode, sizes)
         else:
             _check_norms(mode, values)
+            _check_statistics(mode, program)
             _check_windows(mode, values)
             _check_writes(mode, values)
 
@@ -66,6 +67,23 @@ def _check_norms(mode: str, values: dict[fx.Node, Any]) -> None:
             taken = [values[arg] for arg in node.args[:5] if isinstance(arg, fx.Node)]
             if any(tuple(value.shape) != tuple(taken[0].shape[1:2]) for value in taken[1:]):
                 raise Malformed(f"graphs.{mode} does not run on its examples: {node.name} does not fit its input")
+
+
+def _check_statistics(mode: str, program: Program) -> None:
+    # the kernels of norms have no gradient of their statistics, and say so only when somebody trains
+    graph, trained = program.graphs[mode], {name for name, one in _parameters(program) if one.requires_grad}
+    tracked: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in trained:
+            tracked.add(node)
+        elif node.op == "call_function" and not tracked.isdisjoint(node.all_input_nodes):
+            tracked.add(node)
+        if str(node.target).startswith(_CHANNEL_NORMS) and any(arg in tracked for arg in node.args[3:5]):
+            raise Malformed(f"graphs.{mode} cannot be trained: the statistics of {node.name} ask for a gradient")
+
+
+def _parameters(program: Program) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return program.module().named_parameters(remove_duplicate=False)
 
 
 def _check_windows(mode: str, values: dict[fx.Node, Any]) -> None:
