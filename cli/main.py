@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a network as ONNX and prove it equal",
     "verify": "check what prune wrote, files and function",
     "bench": "measure ONNX files against each other",
+    "calibrate": "measure this machine, for predictions of latency",
     "capture": "turn a module into a program file",
     "train": "train a network, with curvature or without",
     "curvature": "show and measure second moments of its gradients",

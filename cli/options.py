@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from kfe_fx.errors import UsageError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -30,6 +32,22 @@ class Fraction(click.ParamType):
                 ctx,
             )
         return number
+
+
+class Budget(click.ParamType):
+    """A budget as `kfe_fx.cost.budget` reads it; the text is handed on."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the form."""
+        from kfe_fx.cost.budget import read_limit
+
+        try:
+            read_limit(str(value), "latency")
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Number(click.ParamType):
@@ -118,6 +136,22 @@ data = click.option(
 # Where the examples only show what the network reads.
 example_data = click.option(
     "--data", metavar="DATA", help="Where the file has no example input: take the first of these, as for prune."
+)
+
+bounds = stack(
+    click.option(
+        "--keep",
+        multiple=True,
+        metavar="GLOB",
+        help="Leave these layers alone, as 'head' or 'layer4.*'. Repeatable.",
+    ),
+    click.option(
+        "--floor",
+        multiple=True,
+        metavar="GLOB=N",
+        help="Keep at least N units of each of these layers, or that fraction of them (0.5). Repeatable.",
+    ),
+    click.option("--cap", multiple=True, metavar="GLOB=N", help="Keep at most N units, or that fraction. Repeatable."),
 )
 
 measuring = stack(

@@ -29,6 +29,7 @@ class Job:
     val: str | None
     evaluate: str | None
     loss: str | None
+    plan: Path | None = None
     settings: dict[str, Any]  # budget, metric, criterion, ... handed on as they are
 
 
@@ -44,7 +45,10 @@ def check_targets(job: Job) -> None:
 def run(job: Job) -> None:
     """Prune, write the three files, and show what became of the network."""
     check_targets(job)
-    if job.settings["budget"] == 1.0:
+    from kfe_fx.cost.budget import Limit, read_limits
+
+    limits = read_limits(job.settings["budget"], job.settings.get("metric", "latency"))
+    if limits == (Limit(limits[0].metric, 1.0),) and job.plan is None:
         text = "nothing to do: a budget of 1 keeps the whole network; no file was written"
         if job.as_json:
             output.show_json({"model": job.model, "budget": 1.0, "modified": False, "note": text, "files": []})
@@ -53,16 +57,18 @@ def run(job: Job) -> None:
         return
 
     import kfe_fx
+    from kfe_fx.plan import read_plan
     from kfe_fx.training.losses import resolve_loss
     from kfe_fx.training.metrics import resolve_metric
 
     # what is quick to find wrong comes first
     loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
     data, val = load_examples(job.data), load_examples(job.val)
+    plan = None if job.plan is None else read_plan(job.plan, limits[0].value)
     program = kfe_fx.load(job.model, data=data, **job.loading)
     with output.progress(quiet=job.quiet) as report:
         result = kfe_fx.prune(
-            program, data=data, val=val, evaluate=evaluate, loss=loss, progress=report, **job.settings
+            program, data=data, val=val, evaluate=evaluate, loss=loss, plan=plan, progress=report, **job.settings
         )
         paths = result.write(job.folder, job.model.stem, force=job.force)
     show(job, result, paths)
@@ -95,16 +101,18 @@ def show(job: Job, result: Any, paths: Any) -> None:
 @options.MODEL
 @click.option(
     "--budget",
-    type=options.Fraction(),
+    type=options.Budget(),
+    multiple=True,
     required=True,
-    help="What may remain of the metric, as a fraction: 0.5 is half. 1 is nothing to do.",
+    help="What may remain: a fraction of the metric (0.5 is half, 1 is nothing to do), 12ms, 4MB of activations, 2M "
+    "parameters, or with the metric's name as in macs=300M. Repeatable: all are met.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["latency", "macs", "params", "memory", "widths"]),
     default="latency",
     show_default=True,
-    help="What the budget is of: measured ONNX Runtime latency, multiply-accumulates, parameters, peak "
+    help="What a budget without a unit is of: measured ONNX Runtime latency, multiply-accumulates, parameters, peak "
     "activation memory, or the width of every layer.",
 )
 @click.option(
@@ -140,11 +148,25 @@ def show(job: Job, result: Any, paths: Any) -> None:
     help="Keep widths at multiples of this. Default: the smallest step that measures faster on this machine.",
 )
 @options.measuring
+@click.option("--provider", default="CPUExecutionProvider", show_default=True, help="Of ONNX Runtime, to measure with.")
 @click.option(
-    "--keep",
-    multiple=True,
-    metavar="GLOB",
-    help="Leave these layers alone, as 'head' or 'layer4.*'. Repeatable.",
+    "--target",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prune for the device of this profile (from kfe-fx calibrate): latency is predicted, not measured.",
+)
+@options.bounds
+@click.option(
+    "--depth/--no-depth",
+    default=True,
+    show_default=True,
+    help="Whether whole residual branches may go too.",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Remove what this file says (of prune, or of pareto the point of the budget) instead of selecting.",
 )
 @click.option(
     "--heads",
@@ -187,6 +209,7 @@ def command(
     val: str | None,
     evaluate: str | None,
     loss: str | None,
+    plan: Path | None,
     **settings: Any,
 ) -> None:
     """Make a trained network smaller until it meets a budget.
@@ -197,7 +220,7 @@ def command(
     \b
     Examples:
       kfe-fx prune model.pt --budget 0.5
-      kfe-fx prune model.pt --budget 0.3 --data train.npz --epochs 5 -o out
+      kfe-fx prune model.pt --budget 12ms --budget 2M --data train.npz --epochs 5 -o out
       kfe-fx prune weights.pt --arch net.py:build --budget 0.5 --metric macs
     """
     run(
@@ -212,6 +235,7 @@ def command(
             val=val,
             evaluate=evaluate,
             loss=loss,
+            plan=plan,
             settings=settings,
         )
     )

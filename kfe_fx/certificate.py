@@ -32,6 +32,8 @@ class Certificate:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    limits: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the certificate as JSON-ready data."""
@@ -68,7 +70,10 @@ class Certificate:
         return [*changed, *self.notes]
 
     def _latency_rows(self) -> list[tuple[str, str, str]]:
-        latency = self.measured.get("latency")
+        latency, told = self.measured.get("latency"), self.predicted
+        if told:
+            where = f"latency on {told['device']['cpu']} (predicted, not measured)"
+            return [(where, f"{told['dense_ms']:.3f} ms", f"{told['pruned_ms']:.3f} ms")]
         if not latency:
             return []
         low, high = latency["interval"]

@@ -63,7 +63,7 @@ def lift_scores(original: Analysis, small: Analysis, scores: np.ndarray, kept: K
     A unit of the smaller network that joins several of the original is shared out among them; one that is a part of an
     original unit adds to it.
     """
-    touched = [_units_at(small, unit.slices, kept) for unit in original.units]
+    touched = [units_at(small, unit.slices, kept) for unit in original.units]
     shares = np.zeros(len(small.units))
     for found in touched:
         for unit in found:
@@ -74,7 +74,8 @@ def lift_scores(original: Analysis, small: Analysis, scores: np.ndarray, kept: K
     return lifted
 
 
-def _units_at(small: Analysis, slices: dict[str, dict[int, tuple[int, ...]]], kept: Kept) -> set[int]:
+def units_at(small: Analysis, slices: dict[str, dict[int, tuple[int, ...]]], kept: Kept) -> set[int]:
+    """Return the units of the smaller network at slices of the original, read at the first tensor that has any."""
     found: set[int] = set()
     for name, dims in slices.items():
         if name not in small.params or is_literal(name):

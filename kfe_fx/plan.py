@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kfe_fx.errors import PlanError
+from kfe_fx.errors import BadFile, PlanError
 from kfe_fx.labels.states import resizable
 from kfe_fx.program import tied_names
 
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 VERSION = 1
+_LARGEST = 1 << 30
 _LITERAL = re.compile(r"lifted_tensor_\d+(_train)?")  # what torch.export calls a tensor written in forward
-ACTIONS = ("remove",)  # later versions add decompose, pad and drop; an unknown action is refused, never skipped
+ACTIONS = ("remove",)  # later versions add decompose; an unknown action is refused, never skipped
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Plan:
     """What a pruning run decided.
 
     ``kept[name] = [(dim, [indices kept]), ...]`` for every parameter, buffer and constant that changes, changed dims
-    only, each name of tied parameters. ``actions`` say the same unit by unit, with the reason; ``heads`` is how the
+    only, each name of tied parameters; the indices are those of the network without the branches ``dropped``, whose
+    tensors are gone. ``actions`` say the same unit by unit, with the reason; ``heads`` is how the
     analysis took attention apart; ``resize_state`` whether states that are inputs or outputs may lose units.
     """
 
@@ -35,6 +39,7 @@ class Plan:
     actions: tuple[dict[str, Any], ...] = ()
     heads: str = "auto"
     resize_state: bool = False
+    dropped: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -96,6 +101,7 @@ class Plan:
             "version": VERSION,
             "heads": self.heads,
             **({"resize_state": True} if self.resize_state else {}),
+            **({"dropped": list(self.dropped)} if self.dropped else {}),
             "kept": {name: [[dim, indices] for dim, indices in changes] for name, changes in self.kept.items()},
             "actions": list(self.actions),
             "metadata": self.metadata,
@@ -119,12 +125,42 @@ class Plan:
                 str(name): [(int(dim), [int(i) for i in indices]) for dim, indices in changes]
                 for name, changes in data["kept"].items()
             }
+            dropped = data.get("dropped", [])
+            if not isinstance(dropped, list) or not all(isinstance(name, str) for name in dropped):
+                raise PlanError("this is not a plan: dropped is a list of names of branches")
             return cls(
                 kept, tuple(data["actions"]), str(data.get("heads", "auto")), data.get("resize_state", False) is True,
-                dict(data.get("metadata", {})),
+                tuple(dropped), dict(data.get("metadata", {})),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
+
+
+def read_plan(path: str | os.PathLike[str], budget: float | None = None) -> Plan:
+    """Read the plan in a file of ``prune`` or, of a file of ``pareto``, that of the point with this budget.
+
+    Raises:
+        BadFile: there is no such file, or it is no JSON.
+        PlanError: there is no plan in it, or no point with this budget.
+    """
+    place = Path(path)
+    try:
+        if place.stat().st_size > _LARGEST:
+            raise BadFile(f"{place}: too large for a plan")
+        document = json.loads(place.read_bytes())
+    except OSError as error:
+        raise BadFile(f"{place}: cannot be read ({error.strerror}); give a file that prune or pareto wrote") from None
+    except (ValueError, RecursionError):
+        raise BadFile(f"{place}: not JSON; give a file that prune or pareto wrote") from None
+    if not isinstance(document, dict):
+        raise PlanError(f"{place}: no plan is in it")
+    points = document.get("points")
+    if isinstance(points, list):
+        budgets = [point.get("budget") for point in points if isinstance(point, dict)]
+        if budget not in budgets:
+            raise PlanError(f"{place}: no point with the budget {budget}; it has {', '.join(map(str, budgets))}")
+        document = points[budgets.index(budget)]
+    return Plan.from_json(document.get("plan", document))
 
 
 def is_literal(name: str) -> bool:

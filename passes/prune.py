@@ -12,11 +12,15 @@ from typing import Any
 from torch import nn
 
 from kfe_fx.certificate import Certificate
+from kfe_fx.cost.bounds import Bounds, read_bound
+from kfe_fx.cost.budget import Limit, read_limits
+from kfe_fx.cost.device import Device, read_device
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.passes.proof import prove
-from kfe_fx.passes.rounds import Rounds, Settings
+from kfe_fx.passes.rounds import Rounds
+from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.strip_curvature import StripCurvature
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
@@ -24,7 +28,6 @@ from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.prune_data import arrange
 
-METRICS = ("latency", "macs", "params", "memory", "widths")
 Progress = Callable[[str, float | None], None]
 
 
@@ -68,7 +71,7 @@ def prune(
     program_or_module: Program | nn.Module,
     example_inputs: Any = None,
     *,
-    budget: float,
+    budget: Any,
     metric: str = "latency",
     criterion: Any = "fisher",
     data: Any = None,
@@ -84,6 +87,12 @@ def prune(
     threads: int = 1,
     batch: int = 1,
     keep: Sequence[str] = (),
+    floor: Sequence[str] = (),
+    cap: Sequence[str] = (),
+    depth: bool = True,
+    target: Device | str | Path | None = None,
+    provider: str = "CPUExecutionProvider",
+    plan: Plan | None = None,
     heads: str = "auto",
     resize_state: bool = False,
     seed: int = 0,
@@ -94,7 +103,8 @@ def prune(
     Args:
         program_or_module: a Program, or an nn.Module with ``example_inputs``.
         example_inputs: as for ``kfe_fx.capture``.
-        budget: what may remain of ``metric``, above 0 and at most 1 (1 changes nothing).
+        budget: what may remain: a fraction of ``metric`` (1 changes nothing), "12ms", "4MB" (of activations), "2M"
+            (parameters), "macs=300M"; a list, or ``{metric: fraction or text}``, for several at once.
         metric: "latency" (measured in ONNX Runtime), "macs", "params", "memory", or "widths" (max(1, ceil(budget·n)) of
             the n independent units of every removable dim stay; no cost model, no multiples).
         criterion: "fisher", "taylor", "magnitude", "random", or a Criterion.
@@ -108,10 +118,17 @@ def prune(
         batch_size: examples a step, in scoring too.
         optimizer: "adamw" or "sgd".
         rounds: of scoring, removal and fine-tuning, on an exponential schedule.
-        multiple_of: widths stay multiples of this; probed on this machine when not given.
+        multiple_of: widths stay multiples of this; where latency counts that of the device when not given, else 1.
         threads: of the latency measurement.
         batch: of the latency measurement.
         keep: globs of parameters whose units stay.
+        floor: "GLOB=16" or "GLOB=0.5": how many units, or which fraction of them, each layer that matches keeps.
+        cap: the same, at most.
+        depth: whole residual branches may go too; what they are worth on the average stays as a constant.
+        target: a device profile (or its file, from ``kfe-fx calibrate``) to prune for: latency is predicted then, not
+            measured, unless the profile is of this machine.
+        provider: of ONNX Runtime, for what is measured.
+        plan: remove what this plan says instead of selecting; ``budget`` is what it is judged by.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
         resize_state: let states of recurrent layers that are inputs or outputs of the network lose hidden units too
             (streaming models); whoever calls it then holds the smaller states that the certificate tells.
@@ -126,15 +143,19 @@ def prune(
         UnsupportedModel: the network cannot be captured, has nothing to remove, or has no ONNX form.
         VerificationFailed: the result does not compute what the masked original computes.
     """
-    _check(budget, metric, heads, threads, batch, batch_size, rounds, epochs, lr)
+    limits = read_limits(budget, metric)
+    _check(heads, threads, batch, batch_size, rounds, epochs, lr)
     if optimizer not in ("adamw", "sgd"):
         raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
+    bounds = Bounds(tuple(map(read_bound, floor)), tuple(map(read_bound, cap)))
+    device = target if isinstance(target, Device) or target is None else read_device(target)
     settings = Settings(
-        budget, metric, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads,
-        batch, tuple(keep), heads, seed, resize_state,
+        limits, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads, batch,
+        tuple(keep), heads, seed, resize_state, bounds, depth, provider,
+        None if device is not None and device.is_this_machine() else device, plan,
     )  # fmt: skip
-    if budget < 1:
+    if limits != (Limit(limits[0].metric, 1.0),):
         data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
     arranged = arrange(data, val, program.extras.get("calibration"), seed=seed)
     return PruneResult(*Rounds(program, settings, arranged, progress).run())
@@ -156,18 +177,7 @@ def _program(program_or_module: Program | nn.Module, example_inputs: Any) -> Pro
     return capture(program_or_module, example_inputs)
 
 
-def _check(
-    budget: float, metric: str, heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any, lr: Any
-) -> None:
-    if (
-        not isinstance(budget, int | float)
-        or isinstance(budget, bool)
-        or not math.isfinite(budget)
-        or not 0 < budget <= 1
-    ):
-        raise UsageError(f"a budget is a ratio above 0 and at most 1, got {budget!r}")
-    if metric not in METRICS:
-        raise UsageError(f"there is no metric {metric!r}; choose one of {', '.join(METRICS)}")
+def _check(heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any, lr: Any) -> None:
     if heads not in ("auto", "heads", "positions"):
         raise UsageError(f"heads is auto, heads or positions, got {heads!r}")
     if lr is not None and (not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0):

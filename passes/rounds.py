@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,26 @@ import torch
 
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.count import CostModel
-from kfe_fx.cost.latency import RooflineLatency
+from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.loop import close_loop
 from kfe_fx.cost.schedule import exponential_schedule
-from kfe_fx.cost.solver import Selection, select_budget, select_widths
+from kfe_fx.cost.solver import Selection
 from kfe_fx.criteria.base import ScoreContext, score
-from kfe_fx.embedding import embed, lift_scores, relative
-from kfe_fx.errors import PlanError, UnsupportedModel
-from kfe_fx.labels.analysis import Analysis, analyze
-from kfe_fx.labels.states import permit, resized
-from kfe_fx.passes.fold_means import FoldMeans, measure_means
-from kfe_fx.passes.proof import check_masked, prove
-from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
+from kfe_fx.embedding import lift_scores
+from kfe_fx.errors import UnsupportedModel
+from kfe_fx.labels.analysis import analyze
+from kfe_fx.labels.states import permit
+from kfe_fx.passes.cutting import Cut, Cutter, State
+from kfe_fx.passes.proof import prove
+from kfe_fx.passes.selecting import Selector
+from kfe_fx.passes.settings import Settings
+from kfe_fx.passes.shallow import Shallow
 from kfe_fx.passes.shrink import Shrink
+from kfe_fx.passes.stopwatch import Stopwatch
+from kfe_fx.passes.telling import COUNTED, counts, describe, tell_counts, tell_limits, tell_prediction
+from kfe_fx.passes.trial import Trial
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
-from kfe_fx.runtime.block import probe_block
-from kfe_fx.runtime.inputs import feeds
-from kfe_fx.runtime.measure import compare
-from kfe_fx.runtime.onnx_file import onnx_bytes
-from kfe_fx.runtime.session import make_session
-from kfe_fx.runtime.template import Template
 from kfe_fx.training.finetune import default_epochs, finetune
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
@@ -41,36 +40,13 @@ from kfe_fx.training.prune_data import PruneData
 ROUNDS = 4  # with fine-tuning in between; without it one round loses nothing
 BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
 TOLERANCE = 0.05  # of a measured budget
-FINAL_SECONDS = 3.0
-TURN_SECONDS = 1.0
-STATISTICS_EXAMPLES = 2048
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see ``prune``."""
-
-    budget: float
-    metric: str
-    criterion: Any
-    loss: Any
-    evaluate: Any
-    epochs: int | None
-    lr: float | None
-    batch_size: int
-    optimizer: str
-    rounds: int | None
-    multiple_of: int | None
-    threads: int
-    batch: int
-    keep: tuple[str, ...]
-    heads: str
-    seed: int
-    resize_state: bool = False
+PATIENCE = 2  # branches that may be tried in vain
 
 
 class Rounds:
-    """One run: every decision is taken on the units of the original; the weights live in the small network."""
+    """One run: decisions are taken on the units of the dense network, less the branches that went; the weights live in
+    the small network.
+    """
 
     def __init__(
         self,
@@ -85,76 +61,123 @@ class Rounds:
             UnsupportedModel: nothing can be removed.
         """
         self.original = permit(program, allowed=settings.resize_state)
-        program = self.original
         self.settings = settings
         self.data = data
         self.progress = progress or (lambda stage, done=None: None)
         self.progress("reading the graph", None)
-        self.analysis = analyze(program, heads=settings.heads)
-        if not self.analysis.units and settings.budget < 1:
+        self.certificate = Certificate(1.0, settings.metric, str(settings.criterion), settings.seed)
+        analysis = analyze(self.original, heads=settings.heads)
+        whole = Shallow(analysis, frozenset(), self.original, analysis)
+        self.cutter = Cutter(settings, data)
+        self.dense = CostModel(self.original, analysis)
+        self._go_to(State(self.original.copy().eval(), whole, frozenset(), Plan(heads=settings.heads)))
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scoring: dict[str, Any] = {}
+        self.ratios = self._ratios()
+        if not analysis.units and self._asks():
             raise UnsupportedModel(
                 "nothing can be removed from this network; `kfe-fx inspect` says what is frozen and why"
             )
-        self.model = CostModel(program, self.analysis)
-        self.small = program.copy().eval()
-        self.removed: frozenset[int] = frozenset()
-        self.plan = Plan(heads=settings.heads)
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.certificate = Certificate(settings.budget, settings.metric, str(settings.criterion), settings.seed)
-        self.scoring: dict[str, Any] = {}
+
+    def _go_to(self, state: State) -> None:
+        """Go on from another state; where branches went, what selects looks at the network anew."""
+        if not hasattr(self, "state"):
+            self.model = self.dense
+        elif state.shallow is not self.state.shallow:
+            self.model = CostModel(state.shallow.program, state.shallow.analysis)
+            self.__dict__.pop("selector", None)
+        self.state = state
 
     def run(self) -> tuple[Program, Plan, Certificate]:
         """Prune to the budget and return the small Program, the plan and the certificate."""
-        self._describe()
+        describe(self.certificate, self.original, self.state.shallow.analysis, self.dense)
         judge = self._judge()
         if judge is not None:
             self.certificate.quality = {"metric": judge.name, "before": self._evaluate(judge, self.original)}
-        if self.settings.budget < 1:
+        if self._asks():
             self._rounds(judge)
-        self._count()
-        if self.settings.metric == "latency" and self.settings.budget < 1:
-            self._measure_anew(prove(self.small, self.certificate))
-        return permit(self.small, allowed=False), self.plan, self.certificate
+        tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
+        self._tell_data()
+        if "latency" in self.ratios and self._asks():
+            self._reach_latency()
+        tell_limits(self.certificate, self.settings, self.ratios)
+        return permit(self.state.small, allowed=False), self.state.plan, self.certificate
+
+    # what is asked ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """What measures candidates against the dense network."""
+        self.progress("measuring the dense network", None)
+        return Stopwatch(self.original, self.settings)
+
+    @cached_property
+    def device(self) -> Device:
+        """The device that is pruned for: the one that was given, else this one."""
+        return self.settings.target or this_device(self.settings.threads)
+
+    @cached_property
+    def selector(self) -> Selector:
+        """What selects units of the present base."""
+        return Selector(self.state.shallow, self.model, self.dense, self.settings, lambda: self.device)
+
+    def _ratios(self) -> dict[str, float]:
+        """Return every limit as a fraction of dense."""
+        held = counts(self.dense, frozenset())
+        ratios = {}
+        for limit in self.settings.limits:
+            if limit.metric == "latency" and limit.absolute:
+                dense = self.stopwatch.dense_ms() if self.settings.measures else self.selector.milliseconds(self.dense)
+            else:
+                dense = float(held.get(COUNTED.get(limit.metric, ""), 1.0))
+            ratios[limit.metric] = limit.ratio(dense)
+        self.certificate.budget = ratios[self.settings.metric]
+        return ratios
+
+    def _asks(self) -> bool:
+        settings = self.settings
+        return min(self.ratios.values()) < 1 or bool(settings.bounds.caps) or settings.plan is not None
 
     # the rounds ------------------------------------------------------------------------------------------------------
 
     def _rounds(self, judge: Metric | None) -> None:
         targets = self._targets()
-        for number, target in enumerate(targets):
+        for number, ratios in enumerate(targets):
             last = number == len(targets) - 1
             self.progress(f"round {number + 1} of {len(targets)}: scoring", number / len(targets))
-            scores, small_analysis = self._scores()
-            if last and self.settings.metric == "latency":
-                self._closed_loop(scores)
-            selection = (
-                self._last_selection if last and self.settings.metric == "latency" else self._select(scores, target)
-            )
-            self._surgery(selection, scores, small_analysis, target)
+            if self.settings.plan is not None:
+                self._surgery(self._planned(self.settings.plan), None, ratios)
+            else:
+                scores = self._scores()
+                branches = self._choose_branches(scores) if number == 0 else ()
+                measured = last and self.settings.measures
+                choose = self._closed_loop if measured else self._select
+                self._surgery(choose(scores, ratios, branches), scores, ratios)
             if last and judge is not None:
-                self.certificate.quality["right_after"] = self._evaluate(judge, self.small)
+                self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
             self.progress(f"round {number + 1} of {len(targets)}: fine-tuning", (number + 0.5) / len(targets))
             self._finetune(len(targets), last=last)
         if judge is not None and self._trains():
-            self.certificate.quality["after"] = self._evaluate(judge, self.small)
+            self.certificate.quality["after"] = self._evaluate(judge, self.state.small)
 
-    def _targets(self) -> list[float]:
+    def _targets(self) -> list[dict[str, float]]:
         settings = self.settings
-        if settings.metric == "widths":
-            return [settings.budget]
+        if settings.metric == "widths" or settings.plan is not None:
+            return [self.ratios]
         count = settings.rounds or (ROUNDS if self._trains() else 1)
-        return exponential_schedule(settings.budget, count)
+        each = {metric: exponential_schedule(ratio, count) for metric, ratio in self.ratios.items()}
+        return [{metric: line[number] for metric, line in each.items()} for number in range(count)]
 
     def _trains(self) -> bool:
         return self.data.training is not None and self.settings.epochs != 0
 
-    def _scores(self) -> tuple[np.ndarray, Analysis]:
-        """Score the units of the small network and hand the scores to the units of the original."""
-        settings = self.settings
-        analysis = (
-            analyze(self.small, heads=settings.heads) if self.removed else replace(self.analysis, program=self.small)
-        )
+    def _scores(self) -> np.ndarray:
+        """Score the units of the small network and hand the scores to the units of its base."""
+        settings, state = self.settings, self.state
+        whole = state.shallow.analysis
+        analysis = analyze(state.small, heads=settings.heads) if state.removed else replace(whole, program=state.small)
         context = ScoreContext.of(
-            self.small,
+            state.small,
             analysis,
             self.data.calibration,
             settings.loss,
@@ -163,117 +186,119 @@ class Rounds:
         )
         scores = score(settings.criterion, context)
         self.scoring = dict(context.facts)
-        if self.removed:
-            scores = lift_scores(self.analysis, analysis, scores, self.plan.kept)
-        return scores, analysis
+        return lift_scores(whole, analysis, scores, state.plan.kept) if state.removed else scores
 
-    def _select(self, scores: np.ndarray, target: float) -> Selection:
-        settings = self.settings
-        if settings.metric == "widths":
-            selection = select_widths(self.analysis, scores, target)
-        else:
-            selection = self._solve(scores, target)
-        return replace(selection, removed=selection.removed | self.removed)
+    def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
+        return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)
 
-    def _solve(self, scores: np.ndarray, target: float) -> Selection:
-        """Select in multiples of the block; where layers are too narrow for it, and nobody asked for it, of less."""
-        settings, block = self.settings, self._block()
-        while True:
-            selection = select_budget(
-                self.model, scores, self._cost(), target, multiple_of=block, keep=settings.keep, gone=self.removed
-            )
-            if selection.feasible or block == 1 or settings.multiple_of is not None:
-                return selection
-            block //= 2
+    def _planned(self, plan: Plan) -> Selection:
+        """Take what a plan says as a selection.
 
-    def _cost(self) -> Any:
-        model, metric = self.model, self.settings.metric
-        if metric == "latency":
-            return RooflineLatency(model)
-        return {"macs": model.mac_cost, "params": model.parameter_cost, "memory": model.memory_cost}[metric]
+        Raises:
+            PlanError: it is not a plan of this network.
+        """
+        shallow = self.selector.shallow(plan.dropped)
+        removed = shallow.whole_units(plan.units(shallow.analysis))
+        return Selection(removed, self.selector.ratio(self.settings.metric, removed), True, dropped=plan.dropped)
 
-    def _block(self) -> int:
-        if self.settings.multiple_of is not None:
-            return self.settings.multiple_of
-        if self.settings.metric != "latency":
-            return 1
-        block = probe_block(self.settings.threads)
-        self.certificate.measured["block"] = block.to_json()
-        return block.step
+    def _closed_loop(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
+        """Measure what is selected and correct what is asked of the predictor."""
 
-    def _closed_loop(self, scores: np.ndarray) -> None:
-        settings = self.settings
-        self.progress("measuring the dense network", None)
-        template = Template(self.original)  # one export; each candidate is sliced into it
-        dense = make_session(template.model(self.original), threads=settings.threads)
-        example = feeds(self.original, settings.batch, settings.seed)
+        def solve(target: float) -> Selection:
+            return self._select(scores, {**ratios, "latency": target}, drop)
 
         def build_and_measure(selection: Selection) -> float:
             self.progress("measuring a candidate", None)
-            plan = Plan.of_units(self.analysis, selection.removed, heads=settings.heads)
-            candidate = Shrink(plan).run(self.original).program
-            session = make_session(template.model(candidate), threads=settings.threads)
-            each = [example, feeds(candidate, settings.batch, settings.seed)]  # states may have lost units
-            found = compare([dense, session], each, seconds=TURN_SECONDS, precision=0.005, seed=settings.seed)
-            return found.ratios[1].value
+            shallow = self.selector.shallow(selection.dropped)
+            plan = Plan.of_units(shallow.analysis, shallow.units_of(selection.removed), heads=self.settings.heads)
+            candidate = Shrink(plan).run(shallow.program).program
+            return self.stopwatch.ratio(candidate, shallow.program, (*self.state.plan.dropped, *selection.dropped))
 
-        result = close_loop(
-            lambda target: self._select(scores, target), build_and_measure, settings.budget, tolerance=TOLERANCE
-        )
-        self._last_selection = result.selection
-        self.certificate.feasible = result.feasible
-        self.certificate.binding = "" if result.within else result.reason.removeprefix("the budget is out of reach: ")
-        self.certificate.measured["turns"] = [
+        result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=TOLERANCE)
+        certificate = self.certificate
+        certificate.feasible = result.feasible
+        certificate.binding = "" if result.within else result.reason.removeprefix("the budget is out of reach: ")
+        certificate.measured["turns"] = [
             {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured}
             for turn in result.turns
         ]
+        first = result.turns[0]
+        error = first.selection.predicted / first.measured - 1
+        certificate.measured["predictor"] = {"name": self.selector.latency.name, "error": error}
+        if result.measured >= 1 and not self.state.removed:  # a plan that is no faster is none
+            certificate.feasible, certificate.binding = False, "nothing that can be removed makes the network faster"
+            return Selection(frozenset(), 1.0, False, certificate.binding)
+        return result.selection
 
     # one surgery -----------------------------------------------------------------------------------------------------
 
-    def _surgery(self, selection: Selection, scores: np.ndarray, small_analysis: Analysis, target: float) -> None:
-        """Remove, prove on this round's weights, then repair: fold means, re-estimate statistics."""
-        settings = self.settings
-        full = embed(self.original, self.small, self.plan.kept) if self.removed else self.small
-        plan = Plan.of_units(self.analysis, selection.removed, scores, settings.heads)
-        shrunk = Shrink(plan).run(full).program
-        error = check_masked(replace(self.analysis, program=full), shrunk, selection.removed, settings.seed)
-        step = Plan(relative(self.plan.kept, plan.kept), heads=settings.heads)
-        before = self.small
-        folded = self._repair(shrunk, step, small_analysis)
-        if self.optimizer is not None:
-            self.optimizer = slice_optimizer(self.optimizer, before, self.small, step)
+    def _surgery(self, selection: Selection, scores: np.ndarray | None, ratios: dict[str, float]) -> None:
+        """Cut, and note what came of it; the optimiser goes on with what is left of its state."""
+        settings, before = self.settings, self.state
+        cut, error = self._cut(selection, scores)
+        if cut.state.shallow is not before.shallow:
+            self.optimizer = None
+        elif self.optimizer is not None:
+            self.optimizer = slice_optimizer(self.optimizer, before.small, cut.state.small, cut.step)
         self.certificate.rounds.append(
             {
-                "target": target,
+                "target": ratios[settings.metric],
                 "predicted": selection.predicted,
-                "removed": len(selection.removed - self.removed),
+                "removed": len(selection.removed) - len(before.removed),
+                **({"dropped": list(selection.dropped)} if selection.dropped else {}),
                 "masked_error": error,
                 "predicted_loss": selection.loss,
-                **folded,
+                **cut.facts,
             }
         )
-        if not selection.feasible and settings.metric != "latency":
+        if not selection.feasible and not settings.measures:
             self.certificate.feasible = False
             self.certificate.binding = selection.binding
-        self.removed, self.plan = selection.removed, plan
+        self._go_to(cut.state)
 
-    def _repair(self, shrunk: Program, step: Plan, small_analysis: Analysis) -> dict[str, Any]:
-        facts: dict[str, Any] = {}
-        sample = self.data.calibration
-        if sample is not None:
-            try:
-                means = measure_means(small_analysis, sample, batch_size=self.settings.batch_size)
-                result = FoldMeans(small_analysis, step, means).run(shrunk)
-                shrunk = result.program
-                facts = {"folded": result.facts["folded"], "not_folded": result.facts["skipped_at"]}
-            except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
-                facts = {"folded": 0, "not_folded": ["this round"]}
-            source = self.data.training if self.data.training is not None else sample
-            shrunk = (
-                ReestimateStatistics(source.first(STATISTICS_EXAMPLES), self.settings.batch_size).run(shrunk).program
-            )
-        self.small = shrunk
-        return facts
+    def _cut(self, selection: Selection, scores: np.ndarray | None, *, prove: bool = True) -> tuple[Cut, float]:
+        """Drop branches, then remove units; return the last cut and the larger error."""
+        state, removed, error = self.state, selection.removed, 0.0
+        if selection.dropped:
+            shallow = self.selector.shallow(selection.dropped)
+            dropped = self.cutter.drop(state, shallow, selection.dropped, prove=prove)
+            state, removed, error, scores = dropped.state, shallow.units_of(removed), dropped.error, None
+        cut = self.cutter.remove(state, removed, scores, prove=prove)
+        return cut, max(error, cut.error)
+
+    def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:
+        """Choose the branches that go by what the network loses with them at the final budget, after repair.
+
+        The sum of the scores of its units says little of a whole branch, so every choice is tried: the next cheapest
+        branch goes too for as long as the loss on the calibration examples falls, or the budget is not met otherwise.
+        """
+        if not self.selector.branches:
+            return ()
+        trial = Trial(self.original, self.data.calibration, self.settings)
+        found: dict[tuple[str, ...], tuple[bool, float]] = {}
+
+        def judge(names: tuple[str, ...]) -> tuple[bool, float]:
+            selection = self._select(scores, self.ratios, names)
+            if not selection.feasible:
+                return True, selection.predicted
+            return False, trial.loss(self._cut(selection, None, prove=False)[0].state.small)
+
+        self.progress("trying whole branches", None)
+        best: tuple[str, ...] = ()
+        found[best] = judge(best)
+        patience = PATIENCE
+        for name in self.selector.by_price(scores, self.ratios):
+            names = (*best, name)
+            if patience == 0 and not found[best][0]:
+                break
+            if not self.selector.fit(names):
+                continue
+            found[names] = judge(names)
+            if found[names] < found[best]:
+                best = names
+            else:
+                patience -= 1
+        return best
 
     def _finetune(self, rounds: int, *, last: bool) -> None:
         training, settings = self.data.training, self.settings
@@ -283,9 +308,9 @@ class Rounds:
         per_epoch = max(1, len(training) // settings.batch_size)
         share = 1.0 if rounds == 1 else (1 - BETWEEN) if last else BETWEEN / (rounds - 1)
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.small, settings.optimizer, settings.lr)
+            self.optimizer = make_optimizer(self.state.small, settings.optimizer, settings.lr)
         facts = finetune(
-            self.small,
+            self.state.small,
             training,
             settings.loss,
             steps=max(1, round(epochs * per_epoch * share)),
@@ -308,68 +333,23 @@ class Rounds:
         self.progress(f"measuring {judge.name}", None)
         return evaluate(program, self.data.held_out, judge)
 
-    def _describe(self) -> None:
-        import onnx
-        import onnxruntime
-
+    def _tell_data(self) -> None:
         certificate = self.certificate
-        certificate.data = {"note": self.data.note}
-        certificate.statistics = list(self.analysis.statistics)
-        certificate.notes = list(self.original.notes)
-        certificate.versions = {
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-        }
-        self.certificate.before = self._counts(frozenset())
-
-    def _counts(self, removed: frozenset[int]) -> dict[str, Any]:
-        return {
-            "parameters": self.model.parameters(removed),
-            "macs": self.model.macs(removed),
-            "peak_memory": self.model.memory(removed),
-            "units": len(self.analysis.units) - len(removed),
-        }
-
-    def _count(self) -> None:
-        certificate = self.certificate
-        certificate.after = self._counts(self.removed)
-        if self.settings.resize_state:
-            certificate.measured["states"] = states = resized(self.small)
-            certificate.notes += [
-                f"the state that is {name} is {len(held['kept'])} wide, {held['width']} before"
-                for name, held in states.items()
-            ]
-        certificate.data |= self.scoring
+        certificate.data = {"note": self.data.note, **self.scoring}
         if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
-        if self.settings.metric in ("macs", "params", "memory"):
-            name = {"macs": "macs", "params": "parameters", "memory": "peak_memory"}[self.settings.metric]
-            certificate.reached = certificate.after[name] / max(1, certificate.before[name])
-        elif self.settings.metric == "widths":
-            certificate.reached = certificate.after["units"] / max(1, certificate.before["units"])
-        if not certificate.feasible:
-            certificate.notes.append(f"the budget is out of reach ({certificate.binding}); this is the nearest point")
 
-    def _measure_anew(self, onnx: bytes) -> None:
-        settings = self.settings
-        self.progress("measuring anew", None)
-        sessions = [make_session(model, threads=settings.threads) for model in (onnx_bytes(self.original), onnx)]
-        found = compare(
-            sessions,
-            [feeds(program, settings.batch, settings.seed) for program in (self.original, self.small)],
-            seconds=FINAL_SECONDS,
-            seed=settings.seed + 1,
-        )
-        ratio = found.ratios[1]
-        self.certificate.reached = ratio.value
-        self.certificate.measured["latency"] = {
-            "dense_ms": found.latencies[0].p50,
-            "pruned_ms": found.latencies[1].p50,
-            "ratio": ratio.value,
-            "interval": [ratio.low, ratio.high],
-            "clock": found.clock,
-            "threads": settings.threads,
-            "batch": settings.batch,
-        }
+    def _reach_latency(self) -> None:
+        self.certificate.measured["device"] = {**self.device.fingerprint.to_json(), "step": self.device.step}
+        if self.settings.target is None:
+            onnx = prove(self.state.small, self.certificate)
+            self.progress("measuring anew", None)
+            self.certificate.measured["latency"] = self.stopwatch.anew(self.state.small, onnx)
+        else:
+            milliseconds = self.selector.milliseconds
+            tell_prediction(
+                self.certificate,
+                self.settings.target,
+                milliseconds(self.dense),
+                milliseconds(self.model, self.state.removed),
+            )

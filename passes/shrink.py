@@ -38,9 +38,9 @@ class Shrink(Pass):
             PlanError: the plan does not fit this network.
             VerificationFailed: a node of the result has another shape than its labels say.
         """
-        if not self.plan.kept:
+        if not (self.plan.kept or self.plan.dropped):
             return PassResult(program, False, {"removed": 0})
-        twin = program.sharing()
+        twin = _without_branches(program, self.plan)
         twin = permit(twin, allowed=self.plan.resize_state)
         analysis = analyze(twin, heads=self.plan.heads)
         removed = self.plan.units(analysis)
@@ -57,11 +57,19 @@ class Shrink(Pass):
             graph.lint()
         twin.module().recompile()
         _narrow_states(twin)
-        for mode, fakes in _shapes(twin, analysis.trackers["eval"].sizes).items():
-            _check_shapes(moves[mode], fakes)
+        for mode, fakes in shapes_after(twin, analysis.trackers["eval"].sizes).items():
+            check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
         result = permit(twin, allowed=resizable(program))
         return PassResult(result, True, {"removed": len(removed), "tensors": sliced})
+
+
+def _without_branches(program: Program, plan: Plan) -> Program:
+    if not plan.dropped:
+        return program.sharing()
+    from kfe_fx.passes.drop_branches import DropBranches  # it slices what is left with this module
+
+    return DropBranches(plan.dropped, heads=plan.heads).run(program).program
 
 
 def _narrow_states(program: Program) -> None:
@@ -74,7 +82,8 @@ def _narrow_states(program: Program) -> None:
         program.extras["calibration"] = tuple(cut(inputs)), targets
 
 
-def _shapes(program: Program, sizes: dict[str, int]) -> dict[str, dict[Any, Any]]:
+def shapes_after(program: Program, sizes: dict[str, int]) -> dict[str, dict[Any, Any]]:
+    """Propagate shapes through the graphs of a network that was just cut."""
     try:
         return propagate_all(program, sorted(program.graphs), sizes)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -102,7 +111,7 @@ def slice_tensors(program: Program, analysis: Analysis, removed: frozenset[int])
     return count
 
 
-def _check_shapes(move: Relocation, fakes: dict[Any, Any]) -> None:
+def check_shapes(move: Relocation, fakes: dict[Any, Any]) -> None:
     """Compare the shape of every node with what the labels say; a difference is a bug and must not get out."""
     for node, fake in fakes.items():
         expected = move.tracker.fakes.get(node)

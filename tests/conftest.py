@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+# What is measured of this machine is not kept where the user keeps it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kfe-fx-tests-")
 # Two workers share two cores. Set before torch, numpy or ONNX Runtime can start their own threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")

@@ -21,11 +21,13 @@ def _widths(*products: Product) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ConvKernel:
-    """A convolution with what is fused into it (norm, bias, sum, activation: free).
+    """A convolution with what is fused into it: norm, bias and sum are free, an activation costs ``activation``.
 
-    ``positions``: output positions at batch 1, in ``rows``; ``taps``: kernel elements. ``inputs`` and ``outputs`` are
+    ``positions``: output positions at batch 1; ``taps``: kernel elements. ``inputs`` and ``outputs`` are
     channels, ``per_group`` the input channels of one group. Blocked convolutions compute channels padded to the block;
-    with channels that are no multiple of the granule, or groups that split a block, columns are gathered instead.
+    with input channels that are no multiple of the granule, or groups that split a block, columns are gathered instead.
+    ``missed``: the part of the network's weights that no cache holds from one run to the next; ``activation``:
+    nanoseconds per output element.
     """
 
     owner: str
@@ -35,8 +37,9 @@ class ConvKernel:
     inputs: Product
     per_group: Product
     outputs: Product
-    rows: int = 1
     blocked: bool = True
+    missed: float = 0.0
+    activation: float = 0.0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -44,41 +47,56 @@ class ConvKernel:
         return _widths(self.inputs, self.per_group, self.outputs)
 
     def cost(self, sizes: Sequence[int]) -> float:
-        """Return nanoseconds, MACs x time per MAC on padded channels, plus the kernel's own overhead."""
+        """Return nanoseconds, MACs x time per MAC on padded channels, plus weights and overheads."""
         p = self.profile
         inputs, per_group, outputs = self.inputs.at(sizes), self.per_group.at(sizes), self.outputs.at(sizes)
+        if not (self.positions and inputs and per_group and outputs):
+            return 0.0
+        groups = max(1, inputs // per_group)
+        weights = 4 * self.taps * per_group * outputs
+        compute = self._blocked(inputs, per_group, outputs, groups)
+        if compute is None:
+            compute = self._plain(inputs, per_group, outputs, groups)
+        fused = self.positions * outputs * self.activation
+        return p.conv_kernel + max(compute, weights * p.near_byte) + weights * self.missed * p.miss_byte + fused
+
+    def _blocked(self, inputs: int, per_group: int, outputs: int, groups: int) -> float | None:
+        """Return the time to compute in blocks of channels, None where that is not done."""
+        p = self.profile
+        if not self.blocked or (groups > 1 and outputs % p.granule):
+            return None
         work = self.positions * self.taps
-        groups = max(1, inputs // max(1, per_group))
-        fits = self.blocked and outputs % p.granule == 0
+        wide = padded(outputs, p.block)
         if groups > 1 and per_group == 1:
-            if fits:
-                return p.kernel + work * padded(outputs, p.block) * p.depthwise_mac
-            return p.kernel + work * outputs * p.plain_depthwise_mac
+            return work * wide * p.depthwise_mac
         if groups > 1:
             split = per_group % p.block or (outputs // groups) % p.block
-            if fits and not split:
-                return p.kernel + work * per_group * outputs * p.conv_mac
-            macs = work * per_group * padded(outputs // groups, p.block) * groups
-            return p.kernel * (1 + groups / 4) + macs * p.plain_mac + work * inputs * p.column
-        if fits and inputs < p.block:
-            return p.kernel + work * inputs * padded(outputs, p.block) * p.narrow_mac
-        if fits and inputs % p.granule == 0:
-            wide = padded(outputs, p.block)
-            remainder = p.tail[wide // p.block % 4]
-            blocks = wide // p.block
-            slow = (blocks // 4 * 4 + blocks % 4 * remainder) / blocks if blocks else 1.0
-            weights = 4 * self.taps * padded(inputs, p.block) * wide
-            # each output row reads all weights: from the cache, or over again once they are too many for it
-            reads = self.rows if self.taps > 1 and weights > p.cache else 1
-            compute = work * padded(inputs, p.block) * wide * p.conv_mac * slow
-            return p.kernel + compute + weights * reads * p.weight_byte
+            return None if split else work * per_group * outputs * p.conv_mac
+        if inputs < p.block:
+            return work * inputs * wide * p.narrow_mac
+        if inputs % p.granule:
+            return None
+        blocks = wide // p.block
+        slow = (blocks // 4 * 4 + blocks % 4 * p.tail[blocks % 4]) / blocks
+        mac = p.conv_mac if self.taps > 1 else p.pointwise_mac
+        return work * padded(inputs, p.block) * wide * mac * slow
+
+    def _plain(self, inputs: int, per_group: int, outputs: int, groups: int) -> float:
+        """Return the time to gather columns and multiply, group by group."""
+        p = self.profile
+        work = self.positions * self.taps
+        if groups > 1 and per_group == 1:
+            return work * outputs * p.plain_depthwise_mac + groups * p.group
         columns = work * inputs * p.column if self.taps > 1 else 0.0
-        return p.kernel + work * inputs * padded(outputs, p.block) * p.plain_mac + columns
+        return work * per_group * outputs * p.plain_mac + columns + (groups * p.group if groups > 1 else 0.0)
 
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """``repeats`` products [rows, inner] x [inner, columns]; ``weights``: the second factor is streamed from memory."""
+    """``repeats`` products [rows, inner] x [inner, columns].
+
+    ``weight_byte``: nanoseconds per byte to stream the second factor where it is weights, else 0.
+    """
 
     owner: str
     profile: Profile
@@ -86,7 +104,7 @@ class GemmKernel:
     rows: Product
     inner: Product
     columns: Product
-    weights: bool
+    weight_byte: float = 0.0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -98,14 +116,16 @@ class GemmKernel:
         p = self.profile
         repeats, rows = self.repeats.at(sizes), self.rows.at(sizes)
         inner, columns = self.inner.at(sizes), self.columns.at(sizes)
-        compute = repeats * rows * inner * padded(columns, p.block) * p.gemm_mac
-        stream = 4 * inner * columns * p.weight_byte if self.weights else 0.0
+        if not (repeats and rows and inner and columns):
+            return 0.0
+        compute = repeats * rows * padded(columns, p.block) * (inner * p.gemm_mac + p.gemm_output)
+        stream = 4 * inner * columns * self.weight_byte
         return p.kernel * (1 + 0.2 * math.log2(max(1, repeats))) + max(compute, stream)
 
 
 @dataclass(frozen=True)
 class ElementKernel:
-    """Work proportional to a number of elements: activations, norms, poolings, copies, changes of layout.
+    """Work proportional to a number of elements, and of ``rows``: activations, norms, poolings, copies, layouts.
 
     Where ``aligned`` is given and is no multiple of the block, the kernel leaves the blocked layout and returns to it:
     ``reordered`` elements are moved on top.
@@ -115,20 +135,24 @@ class ElementKernel:
     profile: Profile
     elements: Product
     each: float
+    rows: Product | None = None
     aligned: Product | None = None
     reordered: tuple[Product, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths it depends on."""
-        return _widths(self.elements, *self.reordered, *([self.aligned] if self.aligned else []))
+        return _widths(self.elements, *self.reordered, *(one for one in (self.aligned, self.rows) if one is not None))
 
     def cost(self, sizes: Sequence[int]) -> float:
         """Return nanoseconds."""
         p = self.profile
-        time = p.kernel + self.elements.at(sizes) * self.each
+        elements = self.elements.at(sizes)
+        if not elements:
+            return 0.0
+        time = p.kernel + elements * self.each + (0.0 if self.rows is None else self.rows.at(sizes) * p.row)
         if self.aligned is not None and self.aligned.at(sizes) % p.block:
-            time += sum(p.kernel + moved.at(sizes) * p.reorder for moved in self.reordered)
+            time += sum(p.kernel + moved.at(sizes) * p.reorder for moved in self.reordered if moved.at(sizes))
         return time
 
 
@@ -138,7 +162,8 @@ class RecurrentKernel:
 
     ``steps`` of ``rows`` sequences; each multiplies [rows, width] x [width, gates], and [rows, hidden] x
     [hidden, width] where there is a ``projection``, and does ``each`` nanoseconds of work per hidden unit after
-    ``overhead`` nanoseconds. All steps read the same weights.
+    ``overhead`` nanoseconds. All steps read the same weights, of which up to ``inner`` bytes cost no more than
+    computing.
     """
 
     owner: str
@@ -151,6 +176,7 @@ class RecurrentKernel:
     projection: Product | None
     each: float
     overhead: float
+    inner: float = 0.0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -162,11 +188,27 @@ class RecurrentKernel:
         """Return nanoseconds: steps x (the larger of computing and of reading the weights again, plus the cell)."""
         p = self.profile
         rows, hidden = self.rows.at(sizes), self.hidden.at(sizes)
+        if not all(product.at(sizes) for product in (self.steps, self.rows, self.gates, self.width, self.hidden)):
+            return 0.0
         weights = self.gates.at(sizes) * self.width.at(sizes)
         if self.projection is not None:
             weights += self.projection.at(sizes)
+        slow = min(1.0, max(0.0, 4 * weights / self.inner - 1)) if self.inner else 1.0
         # weights that are read in a circle and do not fit into the cache soon fall out of it altogether
         missed = min(1.0, max(0.0, 4 * weights / p.cache - 1))
-        read = 4 * weights * ((1 - missed) * min(p.core_byte, p.weight_byte) + missed * p.weight_byte)
+        read = slow * 4 * weights * ((1 - missed) * min(p.core_byte, p.weight_byte) + missed * p.weight_byte)
         step = max(rows * weights * p.gemm_mac, read) + rows * hidden * self.each + self.overhead
-        return p.kernel + self.steps.at(sizes) * step
+        return p.recurrent_kernel + self.steps.at(sizes) * step
+
+
+@dataclass(frozen=True)
+class CallKernel:
+    """What a run costs before its first kernel and after its last one."""
+
+    owner: str
+    profile: Profile
+    widths: tuple[int, ...] = ()
+
+    def cost(self, sizes: Sequence[int]) -> float:
+        """Return nanoseconds."""
+        return self.profile.call

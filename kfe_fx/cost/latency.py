@@ -6,13 +6,13 @@ Only ratios count: the caller anchors them on the measured dense latency, and a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx
 
 from kfe_fx.cost.count import CostModel, SumCost, Term
-from kfe_fx.cost.kernels import ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
+from kfe_fx.cost.kernels import CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.multiplications import (
     ANY_CONVOLUTION,
     CONVOLUTIONS,
@@ -22,14 +22,36 @@ from kfe_fx.cost.multiplications import (
     is_transposed,
     multiplications,
 )
+from kfe_fx.cost.operators import (
+    ATTENTION_KERNELS,
+    BINARY,
+    BROADCASTS,
+    CONCATENATIONS,
+    FREE,
+    FREE_ACTIVATIONS,
+    FUSED_ACTIVATIONS,
+    POOLS,
+    RESHAPES,
+    ROWWISE,
+    STAYS_BLOCKED,
+    TRANSPOSES,
+)
 from kfe_fx.cost.profile import CELL_FACTORS, ELEMENT_FACTORS, SCAN_FACTORS, SCAN_NODES, Profile
 from kfe_fx.cost.widths import ONE, Product, Removed, product_of
 from kfe_fx.recurrent.norms import shared_rows
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 
+if TYPE_CHECKING:
+    from kfe_fx.cost.device import Device
+
 
 class LatencyModel(Protocol):
     """What predicts latency: a Cost whose unit is free."""
+
+    @property
+    def name(self) -> str:
+        """How reports call the predictor."""
+        ...
 
     def predict(self, removed: Removed) -> float:
         """Return the time when the units in ``removed`` are gone, in units of its own."""
@@ -40,53 +62,14 @@ class LatencyModel(Protocol):
         ...
 
 
-# what ONNX Runtime computes inside a convolution's kernel
-_FUSED_ACTIVATIONS = {
-    aten.relu.default,
-    aten.relu6.default,
-    aten.hardtanh.default,
-    aten.clamp.default,
-    aten.leaky_relu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.hardsigmoid.default,
-    aten.hardswish.default,
-}
-_FREE = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
-    aten.expand.default,
-    aten.expand_as.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.to.dtype,
-}
-_TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.pixel_shuffle.default, aten.roll.default}
-_BINARY = {aten.add.Tensor, aten.mul.Tensor}
-_POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
-_CONCATENATIONS = {aten.cat.default}
-_STAYS_BLOCKED = {*_FUSED_ACTIVATIONS, aten.silu.default, aten.batch_norm.default, aten.upsample_nearest2d.vec}
-
-
 class RooflineLatency(SumCost):
     """Sum of a roofline per fused kernel, on padded shapes, with changes of layout charged where they happen."""
 
-    def __init__(self, model: CostModel, profile: Profile | None = None) -> None:
-        """Divide the evaluation graph of ``model`` into kernels, timed by ``profile`` (default: built in)."""
-        self.profile = profile or Profile()
+    name = "roofline"
+
+    def __init__(self, model: CostModel, device: Profile | Device | None = None) -> None:
+        """Divide the evaluation graph of ``model`` into kernels, timed by ``device`` (default: as built in)."""
+        self.profile = device if isinstance(device, Profile) else Profile() if device is None else device.profile
         super().__init__(model.widths, _Kernels(model, self.profile).run())
 
 
@@ -96,12 +79,19 @@ class _Kernels:
         self.profile = profile
         self.terms: list[Term] = []
         self.absorbed: dict[fx.Node, fx.Node] = {}  # node -> the convolution that computes it too
+        self.fused: set[fx.Node] = set()  # activations inside a matrix product
         self.blocked: set[fx.Node] = set()
         self.plain_copies: set[fx.Node] = set()
         self.blocked_copies: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
+        # how far the weights of one run are from the core: by all of the dense network, so that terms stay apart
+        convolved, others = _weights(model)
+        self.missed = max(0.0, 1 - profile.reach / convolved) if convolved else 0.0
+        far = min(1.0, max(0.0, (convolved + others) / profile.cache - 1))
+        self.weight_byte = profile.near_byte + far * (profile.weight_byte - profile.near_byte)
 
     def run(self) -> list[Term]:
+        self.terms.append(CallKernel("the call itself", self.profile))
         for node in self.model.graph.nodes:
             if node.op == "placeholder":
                 self.varying.add(node)
@@ -113,6 +103,8 @@ class _Kernels:
         return self.terms
 
     def _visit(self, node: fx.Node) -> None:
+        if node in self.fused:
+            return
         if node in self.absorbed:
             self.blocked.add(node)
             self._reorders(node, wants_blocked=True)
@@ -122,11 +114,13 @@ class _Kernels:
         if node.target in CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION:
             self._convolution(node)
             return
-        if node.target in _FREE or getattr(node.target, "__name__", "") == "getitem":
+        if node.target in FREE or getattr(node.target, "__name__", "") == "getitem":
             if node.target is aten.clone.default or node.target in (aten.dropout.default, aten.contiguous.default):
                 self.blocked |= {node} if node.args[0] in self.blocked else set()
             else:
                 self._reorders(node, wants_blocked=False)
+                if node.target in RESHAPES and not any(user.op == "output" for user in node.users):
+                    self._add(node, product_of(self.model.shape(node)), 0.0)
             return
         stays = self._stays_blocked(node)
         self._reorders(node, wants_blocked=stays)
@@ -147,11 +141,11 @@ class _Kernels:
         inputs = self._inputs(node)
         if not inputs or any(arg not in self.blocked for arg in inputs):
             return False
-        if node.target in _BINARY:
+        if node.target in BINARY:
             return len(inputs) == 2 and self.model.shape(inputs[0]) == self.model.shape(inputs[1])
-        if node.target in _CONCATENATIONS:
+        if node.target in CONCATENATIONS:
             return bool(len(node.args) > 1 and node.args[1] == 1)
-        return node.target in _STAYS_BLOCKED or node.target in _POOLS
+        return node.target in STAYS_BLOCKED or node.target in POOLS
 
     def _reorders(self, node: fx.Node, *, wants_blocked: bool) -> None:
         for arg in self._inputs(node):
@@ -174,28 +168,33 @@ class _Kernels:
             spread = product_of(out[1:2]) * (positions * taps)
             self._reorders(node, wants_blocked=False)
             self.terms.append(
-                GemmKernel(node.name, self.profile, ONE, Product(positions), image[1], weight[1] * taps, weights=True)
+                GemmKernel(
+                    node.name, self.profile, ONE, Product(positions), image[1], weight[1] * taps, self.weight_byte
+                )
             )
             self.terms.append(ElementKernel(node.name, self.profile, spread, self.profile.column))
             return
-        blocked = len(out) == 4
-        rows = _constant(out[2:-1])
+        blocked, activation = len(out) == 4, 0.0
         if blocked:
             self.blocked.add(node)
             narrow = self.model.values[source].shape[1] < self.profile.block
             if not narrow or source in self.blocked:
                 self._reorders(node, wants_blocked=True)
-            self._absorb(node)
+            last = self._absorb(node)
+            if last.target in FUSED_ACTIVATIONS - FREE_ACTIVATIONS:
+                activation = self.profile.element * ELEMENT_FACTORS[_name(last)]
         self.terms.append(
-            ConvKernel(node.name, self.profile, positions, taps, image[1], weight[1], out[1], rows, blocked)
+            ConvKernel(
+                node.name, self.profile, positions, taps, image[1], weight[1], out[1], blocked, self.missed, activation
+            )
         )
 
-    def _absorb(self, node: fx.Node) -> None:
-        """Claim the norm, the sum and the activation that run inside the kernel of a convolution."""
+    def _absorb(self, node: fx.Node) -> fx.Node:
+        """Claim the norm, the sum and the activation that run inside the kernel of a convolution; return the last."""
         stages: list[Callable[[fx.Node, fx.Node], bool]] = [
             lambda user, last: user.target is aten.batch_norm.default and user.args[0] is last,
             lambda user, _: user.target in (aten.add.Tensor, aten.add_.Tensor) and self._same_shapes(user),
-            lambda user, _: user.target in _FUSED_ACTIVATIONS,
+            lambda user, _: user.target in FUSED_ACTIVATIONS,
         ]
         last = node
         for stage in stages:
@@ -203,6 +202,7 @@ class _Kernels:
             if len(users) == 1 and users[0] not in self.absorbed and stage(users[0], last):
                 last = users[0]
                 self.absorbed[last] = node
+        return last
 
     def _same_shapes(self, node: fx.Node) -> bool:
         shapes = [self.model.values[arg].shape for arg in self._inputs(node)]
@@ -212,17 +212,17 @@ class _Kernels:
         shape = self.model.shape
         inputs = [product_of(shape(arg)) for arg in self._inputs(node)]
         output = product_of(shape(node)) if self.model.is_tensor(node) else inputs[0]
-        name = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
-        p = self.profile
-        if node.target in _TRANSPOSES:
+        name, p = _name(node), self.profile
+        if node.target in TRANSPOSES:
             self._add(node, output, p.transpose)
         elif name in ELEMENT_FACTORS:
-            aligned = shape(node)[1] if stays and (node.target in _BINARY or node.target in _CONCATENATIONS) else None
-            self._add(node, output, p.element * ELEMENT_FACTORS[name], aligned, [*inputs, output])
+            aligned = shape(node)[1] if stays and (node.target in BINARY or node.target in CONCATENATIONS) else None
+            self._add(node, output, p.element * ELEMENT_FACTORS[name], self._rows(node), aligned, [*inputs, output])
         elif "pool" in name and "adaptive" not in name:
             window = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
             taps = _whole(window) ** (2 if len(window) == 1 else 1)
-            self._add(node, output, p.element * 0.22 * taps, shape(node)[1] if stays else None, [*inputs, output])
+            aligned = shape(node)[1] if stays else None
+            self._add(node, output, p.element * 0.22 * taps, None, aligned, [*inputs, output])
         else:  # reductions, splits and everything unknown: what is read or what is written, whichever is more
             most = max([*inputs, output], key=lambda product: product.at(self.model.widths.dense))
             self._add(node, most, p.element)
@@ -232,19 +232,39 @@ class _Kernels:
         node: fx.Node,
         elements: Product,
         each: float,
+        rows: Product | None = None,
         aligned: Product | None = None,
         moved: Sequence[Product] = (),
     ) -> None:
-        self.terms.append(ElementKernel(node.name, self.profile, elements, each, aligned, tuple(moved)))
+        self.terms.append(ElementKernel(node.name, self.profile, elements, each, rows, aligned, tuple(moved)))
+
+    def _rows(self, node: fx.Node) -> Product | None:
+        """Return the number of rows that a norm or a broadcast sum or product works through one by one."""
+        if node.target in ROWWISE:
+            return product_of(self.model.shape(node)[:-1])
+        if node.target not in BROADCASTS:
+            return None
+        size = self.model.values[node].shape
+        for arg in node.all_input_nodes:
+            other = self.model.values[arg].shape if self.model.is_tensor(arg) else size
+            if other.numel() not in (1, size.numel()):
+                other = (1,) * (len(size) - len(other)) + tuple(other)
+                # a row ends where the operand begins again, or moves on by one
+                moves = [a != b for a, b in zip(size, other, strict=True)]
+                inner = next((i for i, move in enumerate(reversed(moves)) if move != moves[-1]), len(size))
+                return product_of(self.model.shape(node)[: len(size) - inner])
+        return None
 
     def _linear(self, node: fx.Node) -> None:
         shape = self.model.shape
         weight = shape(node.args[1])  # type: ignore[arg-type]  # [out, in]
         rows = product_of(shape(node)[:-1])
-        self.terms.append(GemmKernel(node.name, self.profile, ONE, rows, weight[1], weight[0], weights=True))
+        self.terms.append(GemmKernel(node.name, self.profile, ONE, rows, weight[1], weight[0], self.weight_byte))
         biased = len(node.args) > 2 and node.args[2] is not None
         if biased and len(shape(node)) > 2:  # only a product of two matrices takes the bias along
-            self._add(node, product_of(shape(node)), self.profile.element * ELEMENT_FACTORS["add"])
+            self._add(node, product_of(shape(node)), self.profile.element * ELEMENT_FACTORS["add"], rows)
+        elif biased and len(node.users) == 1 and next(iter(node.users)).target in FUSED_ACTIVATIONS:
+            self.fused.add(next(iter(node.users)))
 
     def _matmul(self, node: fx.Node) -> None:
         left, right = (shape_of(self.model, node.args[place]) for place in PRODUCTS[node.target])  # type: ignore[index]
@@ -253,23 +273,25 @@ class _Kernels:
         repeats = ONE if weights else product_of(out[:-2])
         rows = product_of(left[:-1]) if weights else product_of(out[-2:-1])
         columns = right[-1] if len(right) > 1 else ONE
-        self.terms.append(GemmKernel(node.name, self.profile, repeats, rows, left[-1], columns, weights))
+        stream = self.weight_byte if weights else 0.0
+        self.terms.append(GemmKernel(node.name, self.profile, repeats, rows, left[-1], columns, stream))
 
     def _attention(self, node: fx.Node) -> None:
         query, key, value = (shape_of(self.model, operand) for operand in node.args[:3])
         heads = product_of(query[:-2])
         p = self.profile
         self.terms.append(ElementKernel(node.name, p, product_of(key), p.transpose))
-        self.terms.append(GemmKernel(node.name, p, heads, query[-2], query[-1], key[-2], weights=False))
+        self.terms.extend([ElementKernel(node.name, p, product_of(key), 0.0)] * ATTENTION_KERNELS)
+        self.terms.append(GemmKernel(node.name, p, heads, query[-2], query[-1], key[-2]))
         scores = heads * query[-2] * key[-2]
-        self.terms.append(ElementKernel(node.name, p, scores, p.element * (ELEMENT_FACTORS["softmax"] + 1)))
-        self.terms.append(GemmKernel(node.name, p, heads, query[-2], key[-2], value[-1], weights=False))
+        self.terms.append(
+            ElementKernel(node.name, p, scores, p.element * (ELEMENT_FACTORS["softmax"] + 1), heads * query[-2])
+        )
+        self.terms.append(GemmKernel(node.name, p, heads, query[-2], key[-2], value[-1]))
 
     def _einsum(self, node: fx.Node) -> None:
         for product in multiplications(node, self.model.shape):
-            self.terms.append(
-                GemmKernel(node.name, self.profile, ONE, product, ONE, Product(self.profile.block), False)
-            )
+            self.terms.append(GemmKernel(node.name, self.profile, ONE, product, ONE, Product(self.profile.block)))
 
     def _recurrent(self, node: fx.Node) -> None:
         # the transposes around it are left out: at one sequence they move nothing
@@ -285,11 +307,11 @@ class _Kernels:
         else:
             each, overhead = CELL_FACTORS[call.cell] * p.element, p.step
         positions = product_of(value[:2])
-        self.terms.append(GemmKernel(node.name, p, ONE, positions, inputs[1], inputs[0], weights=True))
+        self.terms.append(GemmKernel(node.name, p, ONE, positions, inputs[1], inputs[0], self.weight_byte))
         self.terms.append(
             RecurrentKernel(
                 node.name, p, value[call.time_dim], value[1 - call.time_dim], gates[0], gates[1], hidden, projection,
-                each, overhead,
+                each, overhead, p.inner if call.cell == "lstm" else 0.0,
             )
         )  # fmt: skip
 
@@ -314,6 +336,22 @@ _MATRIX_RULES: dict[Any, Callable[[_Kernels, fx.Node], None]] = {
 def shape_of(model: CostModel, node: Any) -> tuple[Product, ...]:
     """Return the shape of an operand."""
     return model.shape(node)
+
+
+def _weights(model: CostModel) -> tuple[int, int]:
+    """Return the bytes of weights that convolutions read in one run, and those that everything else reads."""
+    bytes_of = {True: 0, False: 0}
+    for node in model.graph.nodes:
+        if node.op == "get_attr" and model.is_tensor(node):
+            convolved = any(user.target in CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION for user in node.users)
+            value = model.values[node]
+            bytes_of[convolved] += value.numel() * value.element_size()
+    return bytes_of[True], bytes_of[False]
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of an aten operation without overload and underscores."""
+    return str(node.target).removeprefix("aten.").split(".")[0].strip("_")
 
 
 def _constant(dims: Sequence[Product]) -> int:

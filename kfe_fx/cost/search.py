@@ -1,4 +1,4 @@
-"""The search itself: greedy on loss per cost saved with look-ahead, then hand back and exchange what fits."""
+"""The search itself: greedy on loss per cost saved with look-ahead, then hand back, relax and exchange what fits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from kfe_fx.cost.state import State
 LOOK_AHEAD = (1, 2, 4, 8)
 # Where units go one by one, a wide layer has thousands of stops: the search strides, the hand-back refines.
 MOST_STRIDES = 128
-# An exchange asks for every pair of tracks; this many questions at most, so that the result does not hang on a clock.
-EXCHANGE_QUESTIONS = 20_000
+# What improves on the descent asks this many questions at most, so that the result does not hang on a clock.
+MOST_QUESTIONS = 4000
+PRICES, SWEEPS = 8, 6  # of the relaxation: prices tried, and rounds over the tracks at each
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Search:
         self._least = 1e-9 * abs(state.cost)
         self._moves: list[list[_Move]] = [[] for _ in state.tracks]
         self._finish: tuple[float, list[int]] | None = None
+        self._questions = 0
+        self._pinned: int | None = None
 
     @property
     def loss(self) -> float:
@@ -56,15 +59,60 @@ class Search:
         self._hand_back()
         if self._finish is not None:  # a single large portion met the limit earlier, at another place
             first, first_loss = list(self.state.stops), self.loss
-            self._go_to(self._finish[1])
+            self.go_to(self._finish[1])
             self._hand_back()
             if self.state.predicted() > self.limit or self.loss >= first_loss:
-                self._go_to(first)
+                self.go_to(first)
         if self.state.neighbours(0) is not None:
+            self._relax()
             self._exchange()
         return True
 
-    def _go_to(self, stops: Sequence[int]) -> None:
+    def _relax(self) -> None:
+        """Try the stops that minimise loss + price·cost for a range of prices: they pay for a joint change at once."""
+        found, best = list(self.state.stops), self.loss
+        low, high = 0.0, None
+        price = self._guess()
+        last = self._questions + MOST_QUESTIONS
+        for _ in range(PRICES):
+            self._settle(price)
+            if self._questions > last:
+                break
+            if self.state.predicted() <= self.limit:
+                high = price
+                self._hand_back()
+                if self.loss < best:
+                    found, best = list(self.state.stops), self.loss
+                price = (low + price) / 2
+            else:
+                low = price
+                price = 2 * price if high is None else (price + high) / 2
+        self.go_to(found)
+
+    def _guess(self) -> float:
+        dense = max(self.state.cost - self.limit, self.limit)
+        return self.loss / dense if dense else 0.0
+
+    def _settle(self, price: float) -> None:
+        changed = True
+        for _ in range(SWEEPS):
+            if not changed:
+                break
+            changed = False
+            for track, line in enumerate(self.state.tracks):
+                now = self.state.stops[track]
+                least, stop = line.loss[now] + price * self.state.cost, now
+                for other in self._others(track):
+                    self._questions += 1
+                    cost = self.state.after(track, other)
+                    if cost is not None and line.loss[other] + price * cost < least * (1 - 1e-12):
+                        least, stop = line.loss[other] + price * cost, other
+                if stop != now:
+                    self.state.move(track, stop)
+                    changed = True
+
+    def go_to(self, stops: Sequence[int]) -> None:
+        """Put every track at a stop of its own."""
         for track, stop in enumerate(stops):
             if self.state.stops[track] != stop:
                 self.state.move(track, stop)
@@ -116,10 +164,14 @@ class Search:
 
     def _ask(self, track: int) -> None:
         line, now = self.state.tracks[track], self.state.stops[track]
+        if track == self._pinned:
+            self._moves[track] = []
+            return
         ahead = sorted({min(now + look * self._strides[track], len(line)) for look in self._look_ahead} - {now})
         self._moves[track] = [move for stop in ahead if (move := self._move(track, stop)) is not None]
 
     def _move(self, track: int, stop: int) -> _Move | None:
+        self._questions += 1
         cost = self.state.after(track, stop)
         if cost is None:
             return None
@@ -142,6 +194,8 @@ class Search:
         # no look-ahead leaves its tread: look as far as each track goes
         far: list[_Move] = []
         for track, line in enumerate(self.state.tracks):
+            if track == self._pinned:
+                continue
             for stop in range(self.state.stops[track] + 1, len(line) + 1, self._strides[track]):
                 move = self._move(track, stop)
                 if move is not None and move.saved > self._least:
@@ -169,6 +223,8 @@ class Search:
     def _best_return(self, least: float = 0.0) -> tuple[int, int] | None:
         best: tuple[float, int, int] | None = None
         for track, line in enumerate(self.state.tracks):
+            if track == self._pinned:
+                continue
             now = self.state.stops[track]
             strides = {1, self._strides[track]}
             backs = {max(self._first[track], now - look * stride) for look in self._look_ahead for stride in strides}
@@ -176,40 +232,48 @@ class Search:
                 gain = line.loss[now] - line.loss[stop]
                 if gain <= least or (best is not None and gain <= best[0]):
                     continue
+                self._questions += 1
                 cost = self.state.after(track, stop)
                 if cost is not None and cost <= self.limit:
                     best = gain, track, stop
         return best[1:] if best is not None else None
 
     def _exchange(self) -> None:
-        """Take one portion more here to hand back more important ones there, as long as that lowers the loss."""
-        questions = 0
+        """Try every track at every other stop, mend what that breaks, and keep what lowers the loss.
+
+        A stop that saves more is answered by handing back elsewhere, one that costs more by going on elsewhere and
+        handing back what that leaves.
+        """
+        last = self._questions + MOST_QUESTIONS
         improved = True
-        while improved and questions < EXCHANGE_QUESTIONS:
+        while improved:
             improved = False
-            for track, line in enumerate(self.state.tracks):
-                now = self.state.stops[track]
-                for look in self._look_ahead[:3]:
-                    stop = now + look * self._strides[track]
-                    if stop > len(line) or self.state.after(track, stop) is None:
-                        continue
-                    lost = line.loss[stop] - line.loss[now]
-                    before = list(self.state.stops)
-                    self.state.move(track, stop)
-                    back = self._best_return(lost)
-                    questions += len(self.state.tracks)
-                    if back is None:
-                        self.state.move(track, now)
-                        continue
-                    start = self.loss - lost
-                    self.state.move(*back)
-                    self._hand_back()
-                    if self.loss < start - 1e-12 * abs(start):
-                        improved = True
-                        break
-                    self._go_to(before)
-                if questions >= EXCHANGE_QUESTIONS:
-                    break
+            for track in range(len(self.state.tracks)):
+                for stop in self._others(track):
+                    if self._questions > last:
+                        return
+                    improved |= self._try(track, stop)
+
+    def _others(self, track: int) -> list[int]:
+        now, line = self.state.stops[track], self.state.tracks[track]
+        stops = range(self._first[track], len(line) + 1, self._strides[track])
+        return sorted((stop for stop in stops if stop != now), key=lambda stop: abs(stop - now))
+
+    def _try(self, track: int, stop: int) -> bool:
+        before, start = list(self.state.stops), self.loss
+        if stop == before[track] or self.state.after(track, stop) is None:
+            return False
+        self.state.move(track, stop)
+        self._pinned = track  # or the first answer would be to take the trial back
+        if self.state.predicted() <= self.limit or self._descend():
+            self._hand_back()
+        self._pinned = None
+        if self.state.predicted() <= self.limit:
+            self._hand_back()
+            if self.loss < start - 1e-12 * abs(start):
+                return True
+        self.go_to(before)
+        return False
 
 
 def farthest(state: State) -> np.ndarray:

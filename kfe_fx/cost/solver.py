@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kfe_fx.cost.bounds import Bounds
 from kfe_fx.cost.count import Cost, CostModel
+from kfe_fx.cost.exact import solve_exactly
+from kfe_fx.cost.joint import JointState
 from kfe_fx.cost.search import LOOK_AHEAD, Search, farthest
 from kfe_fx.cost.state import Sizes, State, SumState, WholeState
 from kfe_fx.cost.steps import Stepper, Track, by_score, check_scores, frozen_groups, kernel_widths, protected_units
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 CAP = 0.9
+EXACT_COMBINATIONS = 3000  # solved in a fraction of a second
 # a cost that differs from the limit by less than rounding meets it
 _ROUNDING = 1e-9
 
@@ -29,7 +33,8 @@ class Selection:
     """What is removed, and what that is predicted to cost relative to dense.
 
     ``feasible`` is false where no choice was found that meets the budget: then this is the cheapest one, and
-    ``binding`` says what stands in the way. ``loss`` is the sum of the scores removed.
+    ``binding`` says what stands in the way. ``loss`` is the sum of the scores removed, ``dropped`` are the names of
+    branches that go as a whole.
     """
 
     removed: frozenset[int]
@@ -37,6 +42,7 @@ class Selection:
     feasible: bool
     binding: str = ""
     loss: float = 0.0
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,46 +60,97 @@ class FunctionCost:
         """Say that nothing is known of its structure."""
 
 
+@dataclass(frozen=True)
+class Demand:
+    """A budget beside the first one: ``cost`` may fall to ``target`` times its dense value; ``name`` says of what."""
+
+    name: str
+    cost: Cost
+    target: float
+
+
 def select_budget(
     model: CostModel,
     scores: Any,
     cost: Cost | Callable[[frozenset[int]], float],
     target: float,
     *,
+    name: str = "",
+    also: Sequence[Demand] = (),
     multiple_of: int = 16,
     cap: float = CAP,
     keep: Sequence[str] = (),
+    bounds: Bounds | None = None,
     gone: Collection[int] = (),
+    drop: Collection[int] = (),
     look_ahead: Sequence[int] = LOOK_AHEAD,
+    exact: int = EXACT_COMBINATIONS,
 ) -> Selection:
     """Choose units of the least total score so that ``cost`` falls to ``target`` times its dense value.
 
     ``scores``: loss increase if a unit is removed, one per unit. ``cost``: a Cost, or any function of a frozenset of
-    removed units. Widths that kernels see stay multiples of ``multiple_of``; groups that are not wider than it are left
-    alone. At most the fraction ``cap`` of a group goes; ``keep`` are globs over parameter names whose outputs stay.
-    ``gone`` is removed in any case and loses nothing more: what earlier rounds took.
-    Greedy on score per cost saved with look-ahead, then exchanges; equal arguments give equal selections.
+    removed units; ``also`` are more budgets that must be met at once, ``name`` tells the first from them. Widths that
+    kernels see stay multiples of ``multiple_of``; groups that are not wider than it are left alone. At most the
+    fraction ``cap`` of a group goes, unless ``bounds`` say otherwise; ``keep`` are globs over parameter names whose
+    outputs stay. ``gone`` is removed in any case and loses nothing more: what earlier rounds took. ``drop`` is removed
+    in any case at the loss of its scores, and no width, cap or floor holds it back: the units of whole branches.
+    Where costs are sums and networks small (at most ``exact`` combinations of stops) the choice is optimal, as an
+    integer program; else greedy on score per cost saved with look-ahead, then exchanges. Equal arguments give equal
+    selections.
 
     Raises:
-        UsageError: scores, target, cap, block or globs that mean nothing.
+        UsageError: scores, target, cap, block, bounds or globs that mean nothing.
     """
-    if not 0 < target <= 1:
-        raise UsageError(f"a budget is a ratio above 0 and at most 1, got {target}")
     if not 0 <= cap <= 1:
         raise UsageError(f"the most that may go of a group is between 0 and 1, got {cap}")
-    priced = cost if hasattr(cost, "predict") else FunctionCost(cost)  # type: ignore[arg-type]
+    priced: Any = cost if hasattr(cost, "predict") else FunctionCost(cost)  # type: ignore[arg-type]  # one or the other
     ranked = check_scores(model.analysis, scores).copy()
     ranked[list(gone)] = -math.inf
-    options = _Options(multiple_of, cap, tuple(keep))
-    dense = float(priced.predict(()))  # type: ignore[union-attr]
-    if dense <= 0 or (target == 1 and not gone):
-        return Selection(frozenset(gone), 1.0, True)
-    state = _state(model, ranked, priced, options)  # type: ignore[arg-type]
-    search = Search(state, target * dense * (1 + _ROUNDING), look_ahead)
-    feasible = search.run()
-    binding = "" if feasible else _binding(model, ranked, priced, options, target * dense, state)  # type: ignore[arg-type]
-    removed = _removed(state).union(gone)
-    return Selection(removed, priced.predict(removed) / dense, feasible, binding, search.loss)  # type: ignore[union-attr]
+    dropped = math.fsum(ranked[unit] for unit in drop if ranked[unit] != -math.inf)
+    ranked[list(drop)] = -math.inf
+    options = Options(multiple_of, cap, tuple(keep), bounds or Bounds(), frozenset(drop))
+    demands = [demand for demand in (Demand(name, priced, target), *also) if _matters(demand)]
+    dense = float(priced.predict(()))
+    if not demands and not gone and not drop and not options.bounds.caps:
+        return Selection(frozenset(), 1.0, True)
+    made = [
+        (demand, search_state(model, ranked, demand.cost, options), demand.target * float(demand.cost.predict(())))
+        for demand in demands or [Demand(name, priced, 1.0)]
+    ]
+    state = made[0][1] if len(made) == 1 else JointState([one for _, one, _ in made], [limit for _, _, limit in made])
+    limit = made[0][2] if len(made) == 1 else 1.0
+    search = Search(state, limit * (1 + _ROUNDING), look_ahead)
+    feasible = _exactly(search, made, exact) or search.run()
+    unmet = [] if feasible else [(one, part, most) for one, part, most in made if part.predicted() > most]
+    reasons = [_binding(model, ranked, one, options, most, part) for one, part, most in unmet]
+    removed = _removed(state).union(gone, drop)
+    predicted = priced.predict(removed) / dense if dense > 0 else 1.0
+    return Selection(removed, predicted, feasible, "; ".join(reasons), search.loss + dropped)
+
+
+def _exactly(search: Search, made: Sequence[tuple[Demand, State, float]], most: int) -> bool:
+    """Go to the optimum where that can be found quickly; return whether."""
+    states = [state for _, state, _ in made if isinstance(state, SumState)]
+    if not most or len(states) < len(made) or not states[0].tracks:
+        return False
+    try:
+        best = solve_exactly(states, [limit * (1 + _ROUNDING) for _, _, limit in made], most)
+    except UsageError:
+        return False
+    if best is None:
+        return False
+    first = list(search.state.stops)
+    search.go_to(best.stops)
+    if search.state.predicted() <= search.limit:
+        return True
+    search.go_to(first)  # met within the tolerance of the integer program only
+    return False
+
+
+def _matters(demand: Demand) -> bool:
+    if not 0 < demand.target <= 1:
+        raise UsageError(f"a budget is a ratio above 0 and at most 1, got {demand.target}")
+    return demand.target < 1 and float(demand.cost.predict(())) > 0
 
 
 def select_widths(analysis: Analysis, scores: Any, budget: float) -> Selection:
@@ -132,20 +189,31 @@ def _spare(analysis: Analysis, unit: int, back: int, removed: set[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
+    """What restricts a selection; see ``select_budget``."""
+
     block: int
     cap: float
-    keep: tuple[str, ...]
+    keep: tuple[str, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+    drop: frozenset[int] = frozenset()
 
 
-def _state(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options) -> State:
+def search_state(model: CostModel, scores: np.ndarray, cost: Cost, options: Options) -> State:
+    """Return where a search begins: the tracks of all groups, moved on to what is gone already (score -infinity)."""
     stepper = Stepper(model, options.block)
-    protected = protected_units(model.analysis, scores)
+    protected = protected_units(model.analysis, scores) - options.drop
     frozen = frozen_groups(model.analysis, options.keep)
+    bounds = options.bounds.of_groups(model.analysis, frozen)
     tracks: list[Track] = []
     for group in model.analysis.groups:
-        if group.id not in frozen:
-            track = stepper.track(group, scores, protected, options.cap)
+        if options.drop.issuperset(group.units):
+            tracks.append(Track(group.id, (group.units,), (0.0, 0.0)))
+        elif group.id not in frozen:
+            least, most = bounds.get(group.id, (None, None))
+            if least is None and most is not None:  # what a cap takes, the cap of all layers does not give back
+                least = min(most, len(group.units) - math.floor(options.cap * len(group.units)))
+            track = stepper.track(group, scores, protected, options.cap, least)
             if len(track):
                 tracks.append(track)
     terms = cost.terms()
@@ -155,6 +223,11 @@ def _state(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options) 
         last = max(
             (j for j, units in enumerate(track.portions, 1) if np.isneginf(scores[list(units)]).any()), default=0
         )
+        _, most = bounds.get(track.group, (None, None))
+        if most is not None:
+            units = len(model.analysis.groups[track.group].units)
+            fits = (j for j in range(len(track) + 1) if units - len(track.gone(j)) <= most)
+            last = max(last, next(fits, len(track)))
         if last:
             state.move(index, last)
     return state
@@ -165,25 +238,30 @@ def _removed(state: State) -> frozenset[int]:
     return frozenset(gone)
 
 
-def _binding(model: CostModel, scores: np.ndarray, cost: Cost, options: _Options, limit: float, reached: State) -> str:
+def _binding(
+    model: CostModel, scores: np.ndarray, demand: Demand, options: Options, limit: float, reached: State
+) -> str:
     """Say which restriction keeps the cost above ``limit``: the first whose absence alone would do, else the layers."""
+    cost, bare = demand.cost, replace(options.bounds, floors=())
+    told = f"{demand.name}: " if demand.name else ""
     relaxed = {
-        "what --keep protects": _Options(options.block, options.cap, ()),
-        f"widths in multiples of {options.block}": _Options(1, options.cap, options.keep),
-        f"the cap of {options.cap:.0%} removed per layer": _Options(options.block, 1.0, options.keep),
-        "multiples, caps and --keep together": _Options(1, 1.0, ()),
+        "what --keep protects": replace(options, keep=()),
+        "what --floor keeps": replace(options, bounds=bare),
+        f"widths in multiples of {options.block}": replace(options, block=1),
+        f"the cap of {options.cap:.0%} removed per layer": replace(options, cap=1.0),
+        "multiples, floors, caps and --keep together": Options(1, 1.0, (), bare, options.drop),
     }
     for name, easier in relaxed.items():
         if easier != options:
-            state = _state(model, scores, cost, easier)
+            state = search_state(model, scores, cost, easier)
             while True:
                 before = list(state.stops)
                 farthest(state)
                 if state.stops == before:
                     break
             if state.predicted() <= limit:
-                return name
-    return f"what cannot be removed at all{_costliest(model, cost, reached)}"
+                return f"{told}{name}"
+    return f"{told}what cannot be removed at all{_costliest(model, cost, reached)}"
 
 
 def _costliest(model: CostModel, cost: Cost, reached: State) -> str:

@@ -5,6 +5,8 @@ A portion touches a few widths and those a few terms of the cost; only these are
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,6 +15,7 @@ import numpy as np
 from kfe_fx.cost.count import Cost, Term
 from kfe_fx.cost.steps import Track
 from kfe_fx.cost.widths import Widths
+from kfe_fx.errors import UsageError
 
 
 class State(Protocol):
@@ -101,6 +104,13 @@ class Sizes:
         self.mark(self.mask, track, self.stops[track], stop)
         self.stops[track] = stop
 
+    def put(self, track: int, stop: int) -> bool:
+        """Put a track at another stop if that is allowed; return whether it is."""
+        allowed = self.changed(track, stop) is not None
+        if allowed:
+            self.move(track, stop)
+        return allowed
+
     def mark(self, mask: np.ndarray, track: int, now: int, stop: int) -> None:
         """Set or clear in ``mask`` the units between two stops of a track."""
         low, high = sorted((now, stop))
@@ -165,6 +175,30 @@ class SumState:
         for bundle in self._readers[track]:
             self._values[bundle] = self._value(bundle)
         self.cost = float(sum(self._values))
+
+    def tables(self, most: int) -> list[tuple[tuple[int, ...], dict[tuple[int, ...], float]]]:
+        """Return, for terms that read the same tracks, these tracks and the cost at every choice of their stops.
+
+        Raises:
+            UsageError: more than ``most`` choices in all.
+        """
+        by_readers: dict[tuple[int, ...], list[int]] = {}
+        for bundle in range(len(self._bundles)):
+            readers = tuple(track for track, bundles in enumerate(self._readers) if bundle in bundles)
+            by_readers.setdefault(readers, []).append(bundle)
+        count = sum(math.prod(len(self.tracks[track]) + 1 for track in readers) for readers in by_readers)
+        if count > most:
+            raise UsageError(f"{count} choices of stops to tabulate, at most {most}: give the exact solver fewer stops")
+        before, found = list(self.stops), []
+        for readers, bundles in by_readers.items():
+            table: dict[tuple[int, ...], float] = {}
+            for stops in itertools.product(*(range(len(self.tracks[track]) + 1) for track in readers)):
+                if all(self._sizes.put(track, stop) for track, stop in zip(readers, stops, strict=True)):
+                    table[stops] = sum(self._value(bundle) for bundle in bundles)
+            found.append((readers, table))
+            for track in readers:
+                self._sizes.move(track, before[track])
+        return found
 
     def neighbours(self, track: int) -> Sequence[int]:
         """Return the tracks that share a term with ``track``, itself included."""

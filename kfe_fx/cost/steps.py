@@ -76,15 +76,16 @@ def frozen_groups(analysis: Analysis, keep: Sequence[str]) -> dict[int, str]:
     """
     frozen: dict[int, str] = {}
     for glob in keep:
-        if not any(_matches(name, glob) for name in analysis.params):
+        if not any(matches(name, glob) for name in analysis.params):
             raise UsageError(f"--keep {glob!r} matches no parameter; kfe-fx inspect lists their names")
         for group in analysis.groups:
-            if any(_matches(name, glob) for name, _ in group.dims):
+            if any(matches(name, glob) for name, _ in group.dims):
                 frozen.setdefault(group.id, glob)
     return frozen
 
 
-def _matches(name: str, glob: str) -> bool:
+def matches(name: str, glob: str) -> bool:
+    """Tell whether a glob means a parameter: by its name, or by its module's."""
     return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob)
 
 
@@ -176,13 +177,15 @@ class Stepper:
         # a dim that is no multiple to begin with is brought to one where the group is minted, and left alone elsewhere
         return [rule for minted, rule in wide if rule.base % self.block == 0 or (minted and rule.base > self.block)]
 
-    def track(self, group: Any, scores: np.ndarray, protected: set[int], cap: float) -> Track:
+    def track(self, group: Any, scores: np.ndarray, protected: set[int], cap: float, least: int | None = None) -> Track:
         """Return in which portions the units of a group may go, the least important first.
 
-        At most ``cap`` of the units go, and none that is protected or has an infinite score.
+        At most the fraction ``cap`` of the units go, or all but ``least``, and none that is protected or has an
+        infinite score.
         """
         order = [unit for unit in by_score(group.units, scores) if unit not in protected and scores[unit] != math.inf]
-        most = min(len(order), math.floor(cap * len(group.units) + 1e-9))
+        allowed = math.floor(cap * len(group.units) + 1e-9) if least is None else len(group.units) - least
+        most = min(len(order), allowed)
         rules = self.rules(group.id)
         if not rules and self.block > 1:
             return Track(group.id, (), (0.0,))

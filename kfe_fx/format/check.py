@@ -74,9 +74,8 @@ def _check_statistics(mode: str, program: Program) -> None:
     graph, trained = program.graphs[mode], {name for name, one in _parameters(program) if one.requires_grad}
     tracked: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in trained:
-            tracked.add(node)
-        elif node.op == "call_function" and not tracked.isdisjoint(node.all_input_nodes):
+        inherits = node.op == "call_function" and not tracked.isdisjoint(node.all_input_nodes)
+        if inherits or (node.op == "get_attr" and node.target in trained):
             tracked.add(node)
         if str(node.target).startswith(_CHANNEL_NORMS) and any(arg in tracked for arg in node.args[3:5]):
             raise Malformed(f"graphs.{mode} cannot be trained: the statistics of {node.name} ask for a gradient")

@@ -11,10 +11,14 @@ import numpy as np
 import onnxruntime as ort
 
 from kfe_fx.errors import UnsupportedModel, UsageError
+from kfe_fx.runtime.layers import layer_times
 from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import LENGTHS_KEY
-from kfe_fx.runtime.session import make_session
+from kfe_fx.runtime.origins import read_original
+from kfe_fx.runtime.profile import MIN_RUNS, RUNS, Profile, profile
+from kfe_fx.runtime.session import make_session, provider_name
 
+CPU = "CPUExecutionProvider"
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -39,42 +43,60 @@ def bench(
     seconds: float = 2.0,
     axes: Mapping[str, int] | None = None,
     seed: int = 0,
+    provider: str = CPU,
+    layers: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure ONNX files, interleaved, and return one row each; the first file is what the others are compared with.
 
-    A row has ``path``, ``megabytes``, ``threads``, ``inputs`` (name to shape), ``clock``, ``p10_ms``, ``p50_ms``,
-    ``p90_ms``, ``wall_ms``, ``runs`` and, with more than one file, ``ratio`` to the first with ``ratio_low`` and
+    A row has ``path``, ``megabytes``, ``threads``, ``inputs`` (name to shape), ``clock``, percentiles of a run such
+    as ``p50_ms``, ``wall_ms``, ``runs`` and, with more than one file, ``ratio`` to the first with ``ratio_low`` and
     ``ratio_high`` (at least 95 %). ``axes`` gives sizes to named dynamic axes.
 
+    ``provider`` is what was asked for, under ONNX Runtime's name. What it did is told by ``kernels_on`` (provider to
+    number of kernels) and ``elsewhere``, the kernels that ran on another one: a session gives the CPU what its
+    provider does not take, or everything. Both come from a trace; a session of the CPU alone has no ``elsewhere``,
+    and counts its kernels only if ``layers`` are asked for, which adds ``layers``, see ``runtime.layers``.
+
     Raises:
-        BadFile: a path holds nothing that ONNX Runtime reads.
-        UsageError: no path, or a dynamic axis without a size.
+        BadFile: a path holds nothing that ONNX Runtime reads, or it wrote no trace.
+        UsageError: no path, a dynamic axis without a size, or a provider this build of ONNX Runtime lacks.
         UnsupportedModel: a file does not run on the inputs it declares.
     """
     if not paths:
         raise UsageError("bench needs at least one ONNX file")
     if batch < 1:
         raise UsageError(f"the batch size must be at least 1, got {batch}")
-    sessions = [make_session(path, threads) for path in paths]
+    provider = provider_name(provider)
+    sessions = [make_session(path, threads, provider) for path in paths]
     feeds = [declared_feeds(session, batch=batch, axes=axes, seed=seed) for session in sessions]
     result = compare(sessions, feeds, seconds=seconds, seed=seed)
+    del sessions  # weights on a device, which the traced sessions need as well
+    traced: list[Profile] | list[None] = [None] * len(paths)
+    if layers or provider != CPU:
+        runs = RUNS if layers else MIN_RUNS
+        traced = profile(paths, feeds, threads=threads, provider=provider, runs=runs, seconds=max(seconds, 1.0))
     rows = []
     for index, path in enumerate(paths):
-        latency, ratio = result.latencies[index], result.ratios[index]
+        latency, ratio, trace = result.latencies[index], result.ratios[index], traced[index]
         row: dict[str, Any] = {
             "path": os.fspath(path),
             "megabytes": round(_bytes(path) / 1e6, 3),
             "threads": threads,
+            "provider": provider,
             "inputs": {name: list(array.shape) for name, array in feeds[index].items()},
             "clock": result.clock,
-            "p10_ms": latency.p10,
-            "p50_ms": latency.p50,
-            "p90_ms": latency.p90,
-            "wall_ms": result.wall_ms[index],
-            "runs": latency.runs,
         }
+        row |= {f"{name}_ms": value for name, value in latency.to_json().items() if name.startswith("p")}
+        row |= {"wall_ms": result.wall_ms[index], "runs": latency.runs}
         if len(paths) > 1:
             row |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+        if trace is not None:
+            row |= {
+                "kernels_on": trace.kernels_on,
+                "elsewhere": [kernel.name for kernel in trace.kernels if kernel.provider != provider],
+            }
+        if trace is not None and layers:
+            row["layers"] = layer_times(trace, read_original(path), latency.p50).to_json()
         rows.append(row)
     return rows
 

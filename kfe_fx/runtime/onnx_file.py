@@ -20,6 +20,7 @@ from kfe_fx.labels.states import metadata as state_metadata
 from kfe_fx.program import Program, copy_graph
 from kfe_fx.runtime.inputs import full_lengths
 from kfe_fx.runtime.lower import EXPORT_ERRORS, drop_buffer_writes, first_line, quiet, to_exported_program
+from kfe_fx.runtime.modules import annotate, name_nodes, scopes_of
 from kfe_fx.runtime.recurrent_onnx import translations
 from kfe_fx.runtime.recurrent_scan import expand
 from kfe_fx.structure import Constant
@@ -136,6 +137,7 @@ def translate(
     if opset is not None and opset not in OPSETS:
         raise UsageError(f"opset {opset} cannot be written; choose one from {OPSETS[0]} to {OPSETS[-1]}")
     exported = to_exported_program(program)
+    annotate(exported, program)
     names = list(program.signature.input_names)
     outputs = [name for _, name in named_outputs(program)]
     try:
@@ -161,7 +163,9 @@ def translate(
     if opset is not None and onnx_program.model.opset_imports[""] != opset:
         got = onnx_program.model.opset_imports[""]
         raise UnsupportedModel(f"this network needs operator set {got}, {opset} was asked for; leave out the opset")
+    scopes = scopes_of(onnx_program.model)
     expand(onnx_program.model)
+    name_nodes(onnx_program.model, scopes)
     _name_axes(onnx_program, program)
     lengths = full_lengths(program)
     own = {LENGTHS_KEY: json.dumps(lengths, sort_keys=True)} if lengths else {}

@@ -34,11 +34,13 @@ def make_session(
     provider: str = "CPUExecutionProvider",
     optimization: Literal["none", "basic", "extended", "all"] = "all",
     profile: bool | str = False,
+    optimized: str | None = None,
 ) -> ort.InferenceSession:
     """Open an ONNX model, given as bytes or as a path, in ONNX Runtime.
 
     ``threads`` work inside one operation; operations run one after another. With ``profile`` (True, or the beginning
-    of a path) the session writes a trace whose name ``session.end_profiling()`` returns.
+    of a path) the session writes a trace whose name ``session.end_profiling()`` returns. ``optimized`` is a path for
+    the graph that really runs, with its weights beside it at ``optimized.data``.
 
     Raises:
         BadFile: the path holds nothing that ONNX Runtime can read.
@@ -49,9 +51,7 @@ def make_session(
         raise UsageError(f"threads must be at least 1, got {threads}")
     if optimization not in _LEVELS:
         raise UsageError(f"optimization must be one of {', '.join(_LEVELS)}, got {optimization!r}")
-    available = ort.get_available_providers()
-    if provider not in available:
-        raise UsageError(f"this ONNX Runtime has no {provider}; it has {', '.join(available)}")
+    provider = provider_name(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -63,6 +63,12 @@ def make_session(
         options.profile_file_prefix = (
             profile if isinstance(profile, str) else os.path.join(tempfile.gettempdir(), "kfe_fx")
         )
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
+        # without its weights the graph is read in no time; below 64 bytes they are constants of the graph
+        beside = f"{os.path.basename(optimized)}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", beside)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
     # Idle workers of one session would otherwise burn the cores on which the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     source: Any = model if isinstance(model, bytes) else os.fspath(model)
@@ -74,6 +80,25 @@ def make_session(
         if isinstance(source, bytes):
             raise UnsupportedModel(_refusal(error)) from error
         raise BadFile(f"{source}: ONNX Runtime cannot load it: {first_line(error)}") from error
+
+
+def provider_name(given: str) -> str:
+    """Return ONNX Runtime's name for a provider: ``CPUExecutionProvider`` for that or for ``cpu``, in any case.
+
+    Raises:
+        UsageError: this build of ONNX Runtime lacks the provider; the text names those it has.
+    """
+    available = ort.get_available_providers()
+    short = {_short(name): name for name in available}
+    found = short.get(_short(given))
+    if found is None:
+        known = next((name for name in ort.get_all_providers() if _short(name) == _short(given)), given)
+        raise UsageError(f"this ONNX Runtime has no provider {known}; it has {', '.join(available)}")
+    return found
+
+
+def _short(provider: str) -> str:
+    return provider.lower().removesuffix("executionprovider")
 
 
 def _refusal(error: Exception) -> str:

@@ -38,6 +38,7 @@ class Latency:
     p10: float
     p50: float
     p90: float
+    p99: float
     runs: int
 
     def to_json(self) -> dict[str, Any]:
@@ -46,15 +47,15 @@ class Latency:
 
 
 def latency_of(milliseconds: Sequence[float] | np.ndarray) -> Latency:
-    """Summarise single runs by their 10th, 50th and 90th percentile.
+    """Summarise single runs by their 10th, 50th, 90th and 99th percentile.
 
     Raises:
         UsageError: no run was given.
     """
     if len(milliseconds) == 0:
         raise UsageError("no runs to summarise")
-    p10, p50, p90 = (float(value) for value in np.percentile(milliseconds, (10, 50, 90)))
-    return Latency(p10, p50, p90, len(milliseconds))
+    p10, p50, p90, p99 = (float(value) for value in np.percentile(milliseconds, (10, 50, 90, 99)))
+    return Latency(p10, p50, p90, p99, len(milliseconds))
 
 
 def median_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:

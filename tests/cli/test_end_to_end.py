@@ -199,7 +199,7 @@ def test_the_command_and_the_function_have_the_same_options():
     for name in known.keys() - {"program_or_module", "example_inputs", "progress"}:
         assert name in options, name
         given = command.make_context("prune", ["model.pt", "--budget=0.5"]).params[name]
-        assert given == (0.5 if name == "budget" else known[name].default), name
+        assert given == (("0.5",) if name == "budget" else known[name].default), name
 
 
 def test_the_table(made: Path, capsys: pytest.CaptureFixture[str]):

@@ -87,7 +87,7 @@ def test_fewer_units_are_predicted_faster():
 
 
 def of_size(hidden: int, rows: int = 1, steps: int = 100, **options: float) -> RecurrentKernel:
-    profile = Profile(kernel=0.0, core_byte=0.01, weight_byte=0.04, cache=1e6)
+    profile = Profile(recurrent_kernel=0.0, core_byte=0.01, weight_byte=0.04, cache=1e6)
     sizes = [Product(size) for size in (steps, rows, 4 * hidden, hidden, hidden)]
     return replace(RecurrentKernel("r", profile, *sizes, None, 2.0, 200.0), **options)
 

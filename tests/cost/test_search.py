@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from kfe_fx.cost.exact import solve_exactly
+from kfe_fx.cost.joint import JointState
 from kfe_fx.cost.search import Search, farthest
 from kfe_fx.cost.state import Sizes, SumState, WholeState
 from kfe_fx.cost.steps import Track
@@ -72,6 +74,51 @@ def toy(seed: int, tread: int = 1) -> Toy:
     dims.append(1)
     layers = [Tread(Product(int(random.integers(1, 20))) * a * b, tread) for a, b in itertools.pairwise(dims)]
     return Toy(widths, tracks, layers)
+
+
+@pytest.mark.parametrize("tread", [1, 2, 3])
+def test_the_exact_solver_is_brute_force(tread: int):
+    for seed in range(6):
+        net = toy(seed, tread)
+        for ratio in (0.8, 0.5, 0.2):
+            limit = ratio * net.predict(())
+            found, best = solve_exactly([net.state()], [limit]), net.optimum(limit)
+            if found is None:
+                assert best == math.inf
+                continue
+            assert found.loss == pytest.approx(best, rel=1e-9)
+            gone = [unit for line, at in zip(net.tracks, found.stops, strict=True) for unit in line.gone(at)]
+            assert net.predict(gone) <= limit * (1 + 1e-9)
+
+
+def both(seed: int) -> tuple[Toy, list[SumState], list[float]]:
+    """One network under two budgets: the cost of its layers, and the sum of its widths."""
+    net = toy(seed)
+    count = [Tread(width, 1) for width in {layer.product.widths: layer.product for layer in net.layers}.values()]
+    states = [net.state(), SumState(Sizes(net.widths, net.tracks, [], 1), count[:2])]
+    return net, states, [0.7 * states[0].cost, 0.4 * states[1].cost]
+
+
+def test_several_budgets_against_the_exact_solver():
+    excess = []
+    for seed in range(15):
+        _, states, limits = both(seed)
+        best = solve_exactly(states, limits)
+        assert best is not None
+        search = Search(JointState(states, limits), 1.0)
+        assert search.run()
+        assert all(state.cost <= limit for state, limit in zip(states, limits, strict=True))
+        assert states[0].stops == states[1].stops
+        excess.append(search.loss / best.loss)
+    assert min(excess) >= 1 - 1e-9
+    assert np.mean(excess) < 1.01
+
+
+def test_a_joint_cost_counts_only_what_is_not_met():
+    _, states, limits = both(0)
+    joint = JointState(states, [2 * states[0].cost, limits[1]])
+    assert joint.cost == pytest.approx(1 + states[1].cost / limits[1] - 1)
+    assert JointState(states, [2 * state.cost for state in states]).cost == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("tread", [1, 2])

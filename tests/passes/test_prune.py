@@ -230,7 +230,7 @@ def test_a_module_needs_example_inputs() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"budget": budget} for budget in (0, 1.5, -1, math.nan, math.inf, True, "0.5", None)),
+        *({"budget": budget} for budget in (0, 1.5, -1, math.nan, math.inf, True, "abc", "0", None, [])),
         {"budget": 0.5, "metric": "flops"},
         {"budget": 0.5, "heads": "all"},
         {"budget": 0.5, "optimizer": "ekfac"},

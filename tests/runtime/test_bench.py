@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -21,15 +23,60 @@ def test_rows(conv_model, tmp_path):
     assert rows[1]["ratio_low"] <= rows[1]["ratio"] <= rows[1]["ratio_high"]
     assert rows[1]["p10_ms"] <= rows[1]["p50_ms"] <= rows[1]["p90_ms"]
     json.dumps(rows, allow_nan=False)
-    assert "ratio" not in bench(paths[:1], seconds=0.01)[0]
+    alone = bench(paths[:1], seconds=0.01)[0]
+    assert "ratio" not in alone
+    assert alone["provider"] == "CPUExecutionProvider"
+    assert not {"layers", "kernels_on", "elsewhere"} & set(alone)
 
 
-def test_bad_files(conv_model, tmp_path):
+def test_layers_of_each_file(conv_model, tmp_path):
+    ours, theirs = tmp_path / "ours.onnx", tmp_path / "theirs.onnx"
+    ours.write_bytes(conv_model)
+    model = onnx.load_from_string(conv_model)
+    model.producer_name = ""
+    for node in model.graph.node:
+        node.name = ""
+    theirs.write_bytes(model.SerializeToString())
+    rows = bench([ours, theirs], seconds=0.05, layers=True)
+    for row in rows:
+        assert row["elsewhere"] == []
+        assert row["kernels_on"] == {"CPUExecutionProvider": sum(one["kernels"] for one in row["layers"]["layers"])}
+        assert sum(one["ms"] for one in row["layers"]["layers"]) == pytest.approx(row["p50_ms"])
+        assert {"stem", "depthwise", "head"} <= {one["name"] for one in row["layers"]["layers"]}
+    json.dumps(rows, allow_nan=False)
+
+
+def test_an_addition_alone_has_its_operator(tmp_path):
+    path = tmp_path / "add.onnx"
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    times = bench([path], seconds=0.01, layers=True)[0]["layers"]
+    assert [(one["kind"], one["name"], one["kernels"]) for one in times["layers"]] == [("operator", "Add", 1)]
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in ort.get_available_providers(), reason="needs a provider that idles")
+def test_a_provider_that_takes_nothing_is_told(conv_model, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(conv_model)
+    row = bench([path], seconds=0.01, provider="azure")[0]
+    assert row["provider"] == "AzureExecutionProvider"
+    assert set(row["kernels_on"]) == {"CPUExecutionProvider"}
+    assert len(row["elsewhere"]) == row["kernels_on"]["CPUExecutionProvider"] > 0
+    assert "layers" not in row
+
+
+def test_bad_files(conv_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"
     good.write_bytes(conv_model)
     bad.write_bytes(conv_model[: len(conv_model) // 2])
     with pytest.raises(BadFile, match=r"bad\.onnx"):
         bench([good, bad])
+    with pytest.raises(UsageError, match=r"no provider CUDAExecutionProvider; it has CPUExecutionProvider$") as caught:
+        bench([good], provider="cuda")
+    assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="at least one"):
         bench([])
     with pytest.raises(UsageError, match="batch size"):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 
+import onnx
+import onnxruntime as ort
 import pytest
 
 from kfe_fx.errors import BadFile, UnsupportedModel, UsageError
-from kfe_fx.runtime.session import make_session, run
+from kfe_fx.runtime.session import make_session, provider_name, run
 
 
 def test_settings(conv_model):
@@ -43,3 +45,23 @@ def test_bad_arguments(conv_model):
         make_session(conv_model, provider="NoSuchProvider")
     with pytest.raises(UnsupportedModel, match="ONNX Runtime fails"):
         run(make_session(conv_model), {})
+
+
+@pytest.mark.parametrize("given", ["cpu", "CPU", "CPUExecutionProvider", "cpuexecutionprovider"])
+def test_providers_by_short_names(given):
+    assert provider_name(given) == "CPUExecutionProvider"
+
+
+def test_a_provider_that_is_known_but_not_there(monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match=r"no provider TensorrtExecutionProvider; it has CPUExecutionProvider$"):
+        provider_name("tensorrt")
+    with pytest.raises(UsageError, match="no provider abacus"):
+        provider_name("abacus")
+
+
+def test_the_graph_that_runs_is_written_with_its_weights_beside_it(conv_model, tmp_path):
+    make_session(conv_model, optimized=str(tmp_path / "m.onnx"))
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    graph = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph
+    assert graph.node[-1].op_type == "Gemm"

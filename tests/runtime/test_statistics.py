@@ -71,6 +71,6 @@ def test_a_palindrome_cancels_linear_drift():
 
 def test_percentiles():
     latency = latency_of(np.arange(101.0))
-    assert (latency.p10, latency.p50, latency.p90, latency.runs) == (10, 50, 90, 101)
+    assert (latency.p10, latency.p50, latency.p90, latency.p99, latency.runs) == (10, 50, 90, 99, 101)
     with pytest.raises(UsageError):
         latency_of([])

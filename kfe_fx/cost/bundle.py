@@ -1,0 +1,46 @@
+"""A bundle of probes for a device without PyTorch and without kfe-fx: models, a manifest, and the script to run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kfe_fx.cost import probes
+from kfe_fx.cost.calibrate import built_in_constants, factors
+from kfe_fx.cost.probe_models import probe_models, stair_models
+from kfe_fx.errors import BadFile
+from kfe_fx.format.atomic import replacing
+
+SCRIPT = "run_probes.py"
+
+
+def write_bundle(folder: Path, *, force: bool = False) -> list[Path]:
+    """Write the probes as ONNX files and ``run_probes.py``, which needs onnxruntime and numpy only.
+
+    On the device, `python run_probes.py -o device.json` writes what ``read_device`` reads. The manifest comes last.
+
+    Raises:
+        BadFile: ``folder`` is no folder, has something in it (without ``force``), or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadFile(f"{folder}: a file is in the way; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise BadFile(f"{folder}: not empty; replace the bundle with --force or name another folder")
+    files: dict[str, bytes] = {f"probe-{name}.onnx": payload for name, payload in probe_models().items()}
+    files |= {f"stair-{width}.onnx": payload for width, payload in stair_models().items()}
+    files[SCRIPT] = Path(probes.__file__).read_bytes()
+    manifest = {
+        "probes": {name: f"probe-{name}.onnx" for name in probes.PROBES},
+        "stairs": {str(width): f"stair-{width}.onnx" for width in probes.stair_widths()},
+        "built_in": built_in_constants(),
+        "factors": factors(),
+    }
+    files[probes.MANIFEST] = json.dumps(manifest, indent=1).encode() + b"\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"{folder}: cannot be made ({error.strerror or error}); name another folder") from error
+    for name, payload in files.items():
+        with replacing(folder / name) as handle:
+            handle.write(payload)
+    return [folder / name for name in files]

@@ -1,0 +1,97 @@
+"""The exact solver: a multiple-choice knapsack as an integer program, for networks with few stops.
+
+One binary variable per track and stop, x[t, s]; a cost is a sum of terms, and a term that reads several tracks gets a
+continuous variable per combination of their stops, y[c] in [0, 1] with sum_c y[c] = 1 and the marginals
+sum_{c with s at t} y[c] = x[t, s], which leaves y no freedom once x is chosen (Adams & Sherali's linearisation). Then
+
+    minimise  sum_{t,s} loss[t, s] x[t, s]   so that   sum_c cost_k[c] y[c] <= limit_k   for every budget k.
+
+HiGHS solves it through scipy. The number of combinations grows as the product of the stops of the tracks that meet in
+a term, so that small networks are solved so, and large ones by the search, which is tested against this.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from kfe_fx.cost.state import SumState
+from kfe_fx.errors import UsageError
+
+MOST_COMBINATIONS = 200_000
+MOST_NODES = 20_000  # of branch and bound: a count, not a clock, so that equal questions get equal answers
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The best stops, one per track, and their loss."""
+
+    stops: tuple[int, ...]
+    loss: float
+
+
+def solve_exactly(states: Sequence[SumState], limits: Sequence[float], most: int = MOST_COMBINATIONS) -> Exact | None:
+    """Return the stops of the least loss under all limits; None where no stops meet them.
+
+    ``states``: one per budget, of the same tracks, with costs that are sums, at the least stops that are allowed. They
+    are left as they are.
+
+    Raises:
+        UsageError: more than ``most`` combinations to list, or no proof within ``MOST_NODES`` nodes.
+    """
+    tracks = states[0].tracks
+    starts = np.cumsum([0, *(len(track) + 1 for track in tracks)])
+    loss: list[float] = [value for track in tracks for value in track.loss]
+    rows: list[dict[int, float]] = [dict.fromkeys(range(a, b), 1.0) for a, b in itertools.pairwise(starts.tolist())]
+    low: Any = [1.0] * len(tracks)
+    high: Any = list(low)
+    for state, limit in zip(states, limits, strict=True):
+        budget: dict[int, float] = {}
+        fixed = 0.0
+        for readers, table in state.tables(most):
+            if not readers:
+                fixed += table[()]
+                continue
+            first = len(loss)
+            loss += [0.0] * len(table)
+            marginals: dict[tuple[int, int], dict[int, float]] = {
+                (track, stop): {} for track in readers for stop in range(len(tracks[track]) + 1)
+            }  # a stop that no combination allows stays at nothing
+            for column, (stops, value) in enumerate(table.items(), first):
+                budget[column] = value / limit
+                for track, stop in zip(readers, stops, strict=True):
+                    marginals[track, stop][column] = 1.0
+            for (track, stop), row in marginals.items():
+                rows.append({**row, int(starts[track]) + stop: -1.0})
+                low.append(0.0)
+                high.append(0.0)
+        rows.append(budget)
+        low.append(-np.inf)
+        high.append(1 - fixed / limit)
+    picked = [(row, column, value) for row, found in enumerate(rows) for column, value in found.items()]
+    at, column, value = (np.array(part) for part in zip(*picked, strict=True))
+    matrix = csr_matrix((value, (at, column)), shape=(len(rows), len(loss)))
+    upper: Any = np.ones(len(loss))
+    for first, stop in zip(starts.tolist(), states[0].stops, strict=False):
+        upper[first : first + stop] = 0.0
+    whole = np.arange(len(loss)) < starts[-1]
+    found = milp(
+        np.array(loss),
+        integrality=whole.astype(int),
+        bounds=Bounds(0, upper),
+        constraints=LinearConstraint(matrix, low, high),
+        options={"node_limit": MOST_NODES, "mip_rel_gap": 0.0},
+    )
+    if found.status == 2:  # infeasible
+        return None
+    if found.status != 0:
+        raise UsageError(f"no proof within {MOST_NODES} nodes ({found.message}); give the exact solver fewer stops")
+    stops = tuple(int(found.x[a:b].argmax()) for a, b in itertools.pairwise(starts.tolist()))
+    return Exact(stops, math.fsum(track.loss[stop] for track, stop in zip(tracks, stops, strict=True)))

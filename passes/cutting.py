@@ -1,0 +1,111 @@
+"""One cut of a pruning run: remove what was selected, prove it on the weights of now, and repair what is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kfe_fx.embedding import embed, relative
+from kfe_fx.errors import PlanError
+from kfe_fx.labels.analysis import analyze
+from kfe_fx.labels.branches import find_branches
+from kfe_fx.passes.drop_branches import DropBranches, measure_branch_means
+from kfe_fx.passes.fold_means import FoldMeans, measure_means
+from kfe_fx.passes.proof import check_masked
+from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
+from kfe_fx.passes.settings import Settings
+from kfe_fx.passes.shallow import Shallow
+from kfe_fx.passes.shrink import Shrink
+from kfe_fx.plan import Plan
+from kfe_fx.program import Program
+from kfe_fx.training.prune_data import PruneData
+
+STATISTICS_EXAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: the small network, and which units of its base (``shallow``) are not in it."""
+
+    small: Program
+    shallow: Shallow
+    removed: frozenset[int]
+    plan: Plan
+
+    def full(self) -> Program:
+        """Return the base with the weights of now; what was removed keeps the weights that it had."""
+        return embed(self.shallow.program, self.small, self.plan.kept) if self.removed else self.small
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a cut leaves: the state after it, the plan of this step alone, the error of the proof, and facts."""
+
+    state: State
+    step: Plan
+    error: float
+    facts: dict[str, Any]
+
+
+class Cutter:
+    """Cuts networks of one run."""
+
+    def __init__(self, settings: Settings, data: PruneData) -> None:
+        """Take the data that repair is measured on."""
+        self._settings, self._data = settings, data
+
+    def drop(self, state: State, shallow: Shallow, names: tuple[str, ...], *, prove: bool = True) -> Cut:
+        """Drop branches: their means over the data take their place. ``shallow`` is the base without them.
+
+        Raises:
+            PlanError: the network has no such branches.
+            VerificationFailed: what is left is not the masked original.
+        """
+        settings, sample, error = self._settings, self._data.calibration, 0.0
+        small = DropBranches(names, heads=settings.heads).run(state.small).program
+        if prove:
+            whole = replace(shallow.whole, program=state.full())
+            error = check_masked(whole, small, state.removed | shallow.units, settings.seed)
+        if sample is not None:
+            known = find_branches(analyze(state.small, heads=settings.heads))
+            chosen = [branch for branch in known if branch.name in names]
+            means = measure_branch_means(state.small, chosen, sample, batch_size=settings.batch_size)
+            small = DropBranches(names, means, settings.heads).run(state.small).program
+        removed = shallow.units_of(state.removed)
+        plan = Plan.of_units(shallow.analysis, removed, heads=settings.heads)
+        plan = replace(plan, dropped=(*state.plan.dropped, *names))
+        return Cut(State(small, shallow, removed, plan), Plan(), error, {"dropped": list(names)})
+
+    def remove(
+        self, state: State, removed: frozenset[int], scores: np.ndarray | None = None, *, prove: bool = True
+    ) -> Cut:
+        """Remove units (those that are gone already among them), then fold means and re-estimate statistics.
+
+        Raises:
+            VerificationFailed: what is left is not the masked original.
+        """
+        heads, seed = self._settings.heads, self._settings.seed
+        full, analysis = state.full(), state.shallow.analysis
+        plan = replace(Plan.of_units(analysis, removed, scores, heads), dropped=state.plan.dropped)
+        bare = replace(plan, dropped=())
+        small = Shrink(bare).run(full).program
+        error = check_masked(replace(analysis, program=full), small, removed, seed) if prove else 0.0
+        step = Plan(relative(state.plan.kept, plan.kept), heads=heads)
+        small, facts = self._repair(state.small, small, step)
+        return Cut(State(small, state.shallow, removed, plan), step, error, facts)
+
+    def _repair(self, before: Program, small: Program, step: Plan) -> tuple[Program, dict[str, Any]]:
+        sample, size = self._data.calibration, self._settings.batch_size
+        if sample is None:
+            return small, {}
+        try:
+            analysis = analyze(before, heads=self._settings.heads)
+            result = FoldMeans(analysis, step, measure_means(analysis, sample, batch_size=size)).run(small)
+            small = result.program
+            facts = {"folded": result.facts["folded"], "not_folded": result.facts["skipped_at"]}
+        except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
+            facts = {"folded": 0, "not_folded": ["this round"]}
+        source = self._data.training if self._data.training is not None else sample
+        return ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(small).program, facts

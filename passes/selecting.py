@@ -1,0 +1,149 @@
+"""Which units and branches of one dense network go, under all limits of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from kfe_fx.cost.count import CostModel
+from kfe_fx.cost.device import Device
+from kfe_fx.cost.latency import RooflineLatency
+from kfe_fx.cost.solver import Demand, Selection, select_budget, select_widths
+from kfe_fx.cost.steps import frozen_groups
+from kfe_fx.errors import PlanError
+from kfe_fx.labels.branches import Branch, NoBranch, examine, find_branches
+from kfe_fx.passes.settings import Settings
+from kfe_fx.passes.shallow import Shallow
+
+Ratios = dict[str, float]  # metric -> what may remain of it, relative to the network before anything went
+
+
+class Selector:
+    """Selects units of a network; limits are relative to ``dense``, the network before branches went."""
+
+    def __init__(
+        self,
+        shallow: Shallow,
+        model: CostModel,
+        dense: CostModel,
+        settings: Settings,
+        device: Callable[[], Device],
+    ) -> None:
+        """Take a network with its costs; ``device`` is asked for when latency is first predicted."""
+        self._analysis, self._model, self._dense = shallow.analysis, model, dense
+        self._settings, self._device = settings, device
+        self._shallows: dict[tuple[str, ...], Shallow] = {(): shallow.as_whole()}
+
+    # costs -----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def latency(self) -> RooflineLatency:
+        """The predicted latency of the base."""
+        return RooflineLatency(self._model, self._device())
+
+    @cached_property
+    def _dense_latency(self) -> RooflineLatency:
+        return self.latency if self._dense is self._model else RooflineLatency(self._dense, self._device())
+
+    def milliseconds(self, model: CostModel, removed: Collection[int] = ()) -> float:
+        """Return the predicted milliseconds of the base or of the dense network without some of its units."""
+        return (self._dense_latency if model is self._dense else self.latency).predict(removed) / 1e6
+
+    def ratio(self, metric: str, removed: Collection[int]) -> float:
+        """Return the predicted cost of the base without some of its units, relative to dense."""
+        if metric == "widths":
+            return 1 - len(removed) / max(1, len(self._analysis.units))
+        cost, dense = self._costs(metric)
+        return cost.predict(removed) / max(1.0, dense.predict(()))
+
+    def _costs(self, metric: str) -> tuple[Any, Any]:
+        if metric == "latency":
+            return self.latency, self._dense_latency
+        name = {"macs": "mac_cost", "params": "parameter_cost", "memory": "memory_cost"}[metric]
+        return getattr(self._model, name), getattr(self._dense, name)
+
+    # selections ------------------------------------------------------------------------------------------------------
+
+    def select(
+        self, scores: np.ndarray, ratios: Ratios, *, gone: frozenset[int], drop: tuple[str, ...] = ()
+    ) -> Selection:
+        """Select under all limits: ``gone`` went already, the branches ``drop`` go too."""
+        if "widths" in ratios:
+            selection = select_widths(self._analysis, scores, ratios["widths"])
+            return replace(selection, removed=selection.removed | gone)
+        return replace(self._solve(scores, ratios, gone, self.units(drop)), dropped=drop)
+
+    def by_price(self, scores: np.ndarray, ratios: Ratios) -> list[str]:
+        """List the branches by score per cost saved, the cheapest first."""
+        cost, _ = self._costs(next(iter(ratios)))
+        whole = cost.predict(())
+        saved = {name: whole - cost.predict(branch.units) for name, branch in self.branches.items()}
+        price = {name: scores[list(self.branches[name].units)].sum() / gain for name, gain in saved.items() if gain > 0}
+        return sorted(price, key=lambda name: (price[name], name))
+
+    def _solve(self, scores: np.ndarray, ratios: Ratios, gone: frozenset[int], drop: frozenset[int]) -> Selection:
+        """Select in steps that the device likes; in less where layers are too narrow, and nobody asked for the step."""
+        settings, block = self._settings, self.step(ratios)
+        demands: list[Demand] = []
+        for metric, ratio in ratios.items():
+            cost, dense = self._costs(metric)
+            present = cost.predict(())
+            demands.append(Demand(metric, cost, min(1.0, ratio * dense.predict(()) / present) if present else 1.0))
+        first, *also = demands
+        while True:
+            selection = select_budget(
+                self._model, scores, first.cost, first.target, name=first.name if also else "", also=also,
+                multiple_of=block, keep=settings.keep, bounds=settings.bounds, gone=gone, drop=drop,
+            )  # fmt: skip
+            if selection.feasible or block == 1 or settings.multiple_of is not None:
+                return replace(selection, predicted=self.ratio(first.name, selection.removed))
+            block //= 2
+
+    def step(self, ratios: Ratios) -> int:
+        """Return the step of widths: what was asked for, else the device's where latency counts."""
+        if self._settings.multiple_of is not None:
+            return self._settings.multiple_of
+        return self._device().step if "latency" in ratios else 1
+
+    # branches --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def branches(self) -> dict[str, Branch]:
+        """The branches that may go: none of their layers is kept whole, or has a floor."""
+        settings = self._settings
+        if not settings.depth or settings.metric == "widths":
+            return {}
+        held = set(frozen_groups(self._analysis, settings.keep))
+        held |= {group for group, (least, _) in settings.bounds.of_groups(self._analysis).items() if least}
+        units = {unit for group in self._analysis.groups if group.id in held for unit in group.units}
+        return {branch.name: branch for branch in find_branches(self._analysis) if branch.units.isdisjoint(units)}
+
+    def units(self, names: Iterable[str]) -> frozenset[int]:
+        """Return the units of branches."""
+        return frozenset[int]().union(*(self.branches[name].units for name in names))
+
+    def fit(self, names: Collection[str]) -> bool:
+        """Tell whether branches can go together."""
+        try:
+            examine(self._analysis, self.units(names))
+        except NoBranch:
+            return False
+        return True
+
+    def shallow(self, names: tuple[str, ...]) -> Shallow:
+        """Return the base without some of its branches.
+
+        Raises:
+            PlanError: it has no such branches, or they cannot go together.
+        """
+        if names not in self._shallows:
+            unknown = [name for name in names if name not in self.branches]
+            if unknown:
+                raise PlanError(f"the plan drops the branch {unknown[0]!r}, which this network does not have")
+            chosen = [self.branches[name] for name in names]
+            self._shallows[names] = Shallow.of(self._analysis, chosen, self._settings.heads)
+        return self._shallows[names]

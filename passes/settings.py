@@ -1,0 +1,50 @@
+"""What the user asked a pruning run for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kfe_fx.cost.bounds import Bounds
+from kfe_fx.cost.budget import Limit
+
+if TYPE_CHECKING:
+    from kfe_fx.cost.device import Device
+    from kfe_fx.plan import Plan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``kfe_fx.prune``, checked; the first of ``limits`` is the one that is reported as the budget."""
+
+    limits: tuple[Limit, ...]
+    criterion: Any
+    loss: Any
+    evaluate: Any
+    epochs: int | None
+    lr: float | None
+    batch_size: int
+    optimizer: str
+    rounds: int | None
+    multiple_of: int | None
+    threads: int
+    batch: int
+    keep: tuple[str, ...]
+    heads: str
+    seed: int
+    resize_state: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
+    depth: bool = True
+    provider: str = "CPUExecutionProvider"
+    target: Device | None = None
+    plan: Plan | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric of the first limit."""
+        return self.limits[0].metric
+
+    @property
+    def measures(self) -> bool:
+        """Whether the budget is one of latency that is measured here; for another device it is predicted."""
+        return self.metric == "latency" and self.target is None

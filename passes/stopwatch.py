@@ -1,0 +1,72 @@
+"""Latency of candidates of one pruning run, each measured against the dense network in ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfe_fx.passes.settings import Settings
+from kfe_fx.program import Program
+from kfe_fx.runtime.inputs import feeds
+from kfe_fx.runtime.measure import compare
+from kfe_fx.runtime.onnx_file import onnx_bytes
+from kfe_fx.runtime.session import make_session
+from kfe_fx.runtime.template import Template
+
+FINAL_SECONDS = 3.0
+TURN_SECONDS = 1.0
+
+
+class Stopwatch:
+    """Measures candidates that are cut from one dense Program; what is exported and opened once is kept."""
+
+    def __init__(self, dense: Program, settings: Settings) -> None:
+        """Export and open the dense network.
+
+        Raises:
+            UnsupportedModel: it has no ONNX form, or ONNX Runtime cannot run it.
+            UsageError: the provider is not installed.
+        """
+        self._program, self._settings = dense, settings
+        self._session = self._open(onnx_bytes(dense))
+        self._templates: dict[tuple[str, ...], Template] = {}
+
+    def _open(self, model: bytes) -> Any:
+        return make_session(model, threads=self._settings.threads, provider=self._settings.provider)
+
+    def _feeds(self, program: Program) -> Any:
+        return feeds(program, self._settings.batch, self._settings.seed)  # its states may have lost units
+
+    def dense_ms(self) -> float:
+        """Return the median milliseconds of the dense network."""
+        found = compare([self._session], self._feeds(self._program), seconds=TURN_SECONDS, seed=self._settings.seed)
+        return found.latencies[0].p50
+
+    def ratio(self, candidate: Program, base: Program, dropped: tuple[str, ...] = ()) -> float:
+        """Return the time of a candidate as a fraction of dense.
+
+        ``base`` is what it was shrunk from: the dense network without the branches ``dropped``.
+        """
+        if dropped not in self._templates:
+            self._templates[dropped] = Template(base)  # one export; each candidate is sliced into it
+        session = self._open(self._templates[dropped].model(candidate))
+        each = [self._feeds(self._program), self._feeds(candidate)]
+        found = compare([self._session, session], each, seconds=TURN_SECONDS, precision=0.005, seed=self._settings.seed)
+        return found.ratios[1].value
+
+    def anew(self, small: Program, onnx: bytes) -> dict[str, Any]:
+        """Measure the final network against dense in sessions of their own; return what the certificate tells."""
+        settings = self._settings
+        sessions = [self._open(onnx_bytes(self._program)), self._open(onnx)]
+        each = [self._feeds(self._program), self._feeds(small)]
+        found = compare(sessions, each, seconds=FINAL_SECONDS, seed=settings.seed + 1)
+        ratio = found.ratios[1]
+        return {
+            "dense_ms": found.latencies[0].p50,
+            "pruned_ms": found.latencies[1].p50,
+            "ratio": ratio.value,
+            "interval": [ratio.low, ratio.high],
+            "clock": found.clock,
+            "threads": settings.threads,
+            "batch": settings.batch,
+            "provider": sessions[1].get_providers()[0],
+        }

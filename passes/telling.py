@@ -1,0 +1,96 @@
+"""What a certificate tells of a pruning run: counts, versions, limits and what was reached of them."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from kfe_fx.certificate import Certificate
+from kfe_fx.cost.count import CostModel
+from kfe_fx.cost.device import Device
+from kfe_fx.labels.analysis import Analysis
+from kfe_fx.labels.states import resized
+from kfe_fx.passes.settings import Settings
+from kfe_fx.program import Program
+
+COUNTED = {"macs": "macs", "params": "parameters", "memory": "peak_memory", "widths": "units"}
+_ROUNDING = 1e-9
+
+
+def counts(model: CostModel, removed: frozenset[int]) -> dict[str, Any]:
+    """Count what can be counted of a network without some of its units."""
+    return {
+        "parameters": model.parameters(removed),
+        "macs": model.macs(removed),
+        "peak_memory": model.memory(removed),
+        "units": len(model.analysis.units) - len(removed),
+    }
+
+
+def describe(certificate: Certificate, program: Program, analysis: Analysis, dense: CostModel) -> None:
+    """Tell what there was before."""
+    import onnx
+    import onnxruntime
+
+    certificate.statistics = list(analysis.statistics)
+    certificate.notes = list(program.notes)
+    certificate.versions = {
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+    }
+    certificate.before = counts(dense, frozenset())
+
+
+def tell_counts(
+    certificate: Certificate, settings: Settings, model: CostModel, removed: frozenset[int], small: Program
+) -> None:
+    """Tell what is left."""
+    certificate.after = counts(model, removed)
+    if settings.resize_state:
+        certificate.measured["states"] = states = resized(small)
+        certificate.notes += [
+            f"the state that is {name} is {len(held['kept'])} wide, {held['width']} before"
+            for name, held in states.items()
+        ]
+
+
+def tell_prediction(certificate: Certificate, device: Device, dense: float, pruned: float) -> None:
+    """Tell the latency on a device that is not here, in milliseconds."""
+    certificate.predicted = {
+        "dense_ms": dense,
+        "pruned_ms": pruned,
+        "ratio": pruned / dense,
+        "device": device.fingerprint.to_json(),
+    }
+    certificate.notes.append(
+        "the latency is predicted, not measured: it is that of the device profile given by --target"
+    )
+
+
+def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, float]) -> None:
+    """Tell every limit beside what was reached; of one budget alone, and of the first of several, as the budget."""
+    reached = {}
+    for limit in settings.limits:
+        if limit.metric == "latency":
+            found = certificate.measured.get("latency") or certificate.predicted
+            reached["latency"] = found["ratio"] if found else 1.0
+        else:
+            name = COUNTED[limit.metric]
+            reached[limit.metric] = certificate.after[name] / max(1, certificate.before[name])
+    certificate.limits = [
+        {
+            "metric": limit.metric,
+            "asked": str(limit),
+            "ratio": ratios[limit.metric],
+            "reached": reached[limit.metric],
+            **({} if limit.metric == "latency" else {"met": reached[limit.metric] <= ratios[limit.metric] + _ROUNDING}),
+        }
+        for limit in settings.limits
+    ]
+    certificate.reached = reached[settings.metric]
+    if not certificate.feasible:
+        certificate.notes.append(f"the budget is out of reach ({certificate.binding}); this is the nearest point")

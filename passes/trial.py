@@ -1,0 +1,64 @@
+"""What a candidate loses, judged on a few examples: its loss on targets, else its distance from the dense network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfe_fx.passes.settings import Settings
+from kfe_fx.program import Program
+from kfe_fx.runtime.inputs import draw_inputs
+from kfe_fx.structure import pack
+from kfe_fx.training.batches import Batch, Batches
+from kfe_fx.training.losses import resolve_loss
+
+EXAMPLES = 512
+DRAWN = 8  # inputs that are drawn where there are no examples
+
+
+class Trial:
+    """Judges candidates of one run on the same examples."""
+
+    def __init__(self, dense: Program, sample: Any, settings: Settings) -> None:
+        """Run the dense network where there are no targets to compare with."""
+        self._batches: list[Batch] = []
+        if sample is None:
+            self._batches = [Batch(draw_inputs(dense, DRAWN if dense.batch_axes() else None, settings.seed), None, 1)]
+        else:
+            self._batches = list(Batches(dense, sample.first(EXAMPLES), settings.batch_size))
+        targets = self._batches[0].targets
+        self._loss = None if targets is None else resolve_loss(settings.loss, targets)
+        self._dense = [] if self._loss is not None else [self._run(dense, batch) for batch in self._batches]
+
+    @staticmethod
+    def _run(program: Program, batch: Batch) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return program.module().run_flat(batch.inputs)
+
+    def loss(self, candidate: Program) -> float:
+        """Return the mean loss of a candidate; lower is better."""
+        total, count = 0.0, 0
+        for place, batch in enumerate(self._batches):
+            found = self._run(candidate, batch)
+            if self._loss is not None and batch.targets is not None:
+                outputs = pack(candidate.signature.outputs["eval"], found)
+                with torch.no_grad():
+                    total += float(self._loss.total(outputs, batch.targets, batch.count))
+                count += batch.count
+            else:
+                total += _distance(found, self._dense[place])
+                count += 1
+        return total / max(1, count)
+
+
+def _distance(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> float:
+    """Return the mean square difference of all outputs, relative to what they vary by."""
+    parts = [
+        float(F.mse_loss(ours.double(), theirs.double()) / theirs.double().var(correction=0).clamp_min(1e-12))
+        for ours, theirs in zip(found, wanted, strict=True)
+        if isinstance(theirs, Tensor) and theirs.is_floating_point() and ours.shape == theirs.shape
+    ]
+    return sum(parts) / max(1, len(parts))
