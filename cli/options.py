@@ -154,6 +154,85 @@ bounds = stack(
     click.option("--cap", multiple=True, metavar="GLOB=N", help="Keep at most N units, or that fraction. Repeatable."),
 )
 
+# What is removed, and how it is chosen.
+selecting = stack(
+    click.option(
+        "--metric",
+        type=click.Choice(["latency", "macs", "params", "memory", "widths"]),
+        default="latency",
+        show_default=True,
+        help="What a budget without a unit is of: measured ONNX Runtime latency, multiply-accumulates, parameters, "
+        "peak activation memory, or the width of every layer.",
+    ),
+    click.option(
+        "--criterion",
+        type=click.Choice(["fisher", "taylor", "magnitude", "random"]),
+        default="fisher",
+        show_default=True,
+        help="How a unit is scored.",
+    ),
+    click.option(
+        "--multiple-of",
+        type=COUNT,
+        help="Keep widths at multiples of this. Default: the smallest step that measures faster on this machine.",
+    ),
+    click.option(
+        "--depth/--no-depth",
+        default=True,
+        show_default=True,
+        help="Whether whole residual branches may go too.",
+    ),
+    click.option(
+        "--heads",
+        type=click.Choice(["auto", "heads", "positions"]),
+        default="auto",
+        show_default=True,
+        help="What attention loses: whole heads, or the same positions of every head.",
+    ),
+    click.option(
+        "--resize-state",
+        is_flag=True,
+        help="Let states of recurrent layers that are inputs or outputs lose hidden units too; the certificate and the "
+        "metadata of the ONNX file tell their new widths.",
+    ),
+)
+
+# What a network is judged by, and on what.
+judging = stack(
+    click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded part of --data is held out."),
+    click.option(
+        "--eval",
+        "evaluate",
+        type=Reference("accuracy", "mse"),
+        help="What to report: accuracy, mse, or a function (module, loader) -> float of which larger is better. "
+        "Default: accuracy for integer targets, mse for floats.",
+    ),
+    click.option(
+        "--loss",
+        type=Reference("cross-entropy", "mse"),
+        help="cross-entropy, mse, or a function (outputs, targets) -> loss. Default: cross-entropy for integer "
+        "targets, mse for floats.",
+    ),
+    click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Of the fine-tuning."),
+)
+
+seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling."
+)
+
+# What latency is measured, or predicted, on.
+device = stack(
+    click.option(
+        "--provider", default="CPUExecutionProvider", show_default=True, help="Of ONNX Runtime, to measure with."
+    ),
+    click.option(
+        "--target",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Prune for the device of this profile (from kfe-fx calibrate): latency is predicted, not measured.",
+    ),
+)
+
 measuring = stack(
     click.option(
         "--threads", type=COUNT, default=1, show_default=True, help="Threads of ONNX Runtime when it is measured."

@@ -107,81 +107,23 @@ def show(job: Job, result: Any, paths: Any) -> None:
     help="What may remain: a fraction of the metric (0.5 is half, 1 is nothing to do), 12ms, 4MB of activations, 2M "
     "parameters, or with the metric's name as in macs=300M. Repeatable: all are met.",
 )
-@click.option(
-    "--metric",
-    type=click.Choice(["latency", "macs", "params", "memory", "widths"]),
-    default="latency",
-    show_default=True,
-    help="What a budget without a unit is of: measured ONNX Runtime latency, multiply-accumulates, parameters, peak "
-    "activation memory, or the width of every layer.",
-)
-@click.option(
-    "--criterion",
-    type=click.Choice(["fisher", "taylor", "magnitude", "random"]),
-    default="fisher",
-    show_default=True,
-    help="How a unit is scored.",
-)
+@options.selecting
 @options.data
-@click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded part of --data is held out.")
-@click.option(
-    "--eval",
-    "evaluate",
-    type=options.Reference("accuracy", "mse"),
-    help="What to report: accuracy, mse, or a function (module, loader) -> float of which larger is better. Default: "
-    "accuracy for integer targets, mse for floats.",
-)
-@click.option(
-    "--loss",
-    type=options.Reference("cross-entropy", "mse"),
-    help="cross-entropy, mse, or a function (outputs, targets) -> loss. Default: cross-entropy for integer targets, "
-    "mse for floats.",
-)
+@options.judging
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none.")
 @click.option("--lr", type=options.Number(), help="Learning rate of the fine-tuning.")
-@click.option("--batch-size", type=options.COUNT, default=64, show_default=True, help="Of the fine-tuning.")
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
 @click.option("--rounds", type=options.COUNT, help="Rounds of pruning, with fine-tuning between them.")
-@click.option(
-    "--multiple-of",
-    type=options.COUNT,
-    help="Keep widths at multiples of this. Default: the smallest step that measures faster on this machine.",
-)
 @options.measuring
-@click.option("--provider", default="CPUExecutionProvider", show_default=True, help="Of ONNX Runtime, to measure with.")
-@click.option(
-    "--target",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Prune for the device of this profile (from kfe-fx calibrate): latency is predicted, not measured.",
-)
+@options.device
 @options.bounds
-@click.option(
-    "--depth/--no-depth",
-    default=True,
-    show_default=True,
-    help="Whether whole residual branches may go too.",
-)
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Remove what this file says (of prune, or of pareto the point of the budget) instead of selecting.",
 )
-@click.option(
-    "--heads",
-    type=click.Choice(["auto", "heads", "positions"]),
-    default="auto",
-    show_default=True,
-    help="What attention loses: whole heads, or the same positions of every head.",
-)
-@click.option(
-    "--resize-state",
-    is_flag=True,
-    help="Let states of recurrent layers that are inputs or outputs lose hidden units too; the certificate and the "
-    "metadata of the ONNX file tell their new widths.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
+@options.seed
 @click.option(
     "-o",
     "--output",

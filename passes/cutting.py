@@ -64,12 +64,15 @@ class Cutter:
             VerificationFailed: what is left is not the masked original.
         """
         settings, sample, error = self._settings, self._data.calibration, 0.0
-        small = DropBranches(names, heads=settings.heads).run(state.small).program
+        small = state.small
+        if prove or sample is None:
+            small = DropBranches(names, heads=settings.heads).run(state.small).program
         if prove:
             whole = replace(shallow.whole, program=state.full())
             error = check_masked(whole, small, state.removed | shallow.units, settings.seed)
         if sample is not None:
-            known = find_branches(analyze(state.small, heads=settings.heads))
+            present = analyze(state.small, heads=settings.heads) if state.removed else None
+            known = shallow.branches if present is None else find_branches(present)
             chosen = [branch for branch in known if branch.name in names]
             means = measure_branch_means(state.small, chosen, sample, batch_size=settings.batch_size)
             small = DropBranches(names, means, settings.heads).run(state.small).program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
-from kfe_fx.training.prune_data import arrange
+from kfe_fx.training.prune_data import PruneData, arrange
 
 Progress = Callable[[str, float | None], None]
 
@@ -143,11 +144,51 @@ def prune(
         UnsupportedModel: the network cannot be captured, has nothing to remove, or has no ONNX form.
         VerificationFailed: the result does not compute what the masked original computes.
     """
+    job = _prepare(
+        program_or_module, example_inputs, budget, metric, criterion, data, loss, val, evaluate, epochs, lr, batch_size,
+        optimizer, rounds, multiple_of, threads, batch, keep, floor, cap, depth, target, provider, plan, heads,
+        resize_state, seed,
+    )  # fmt: skip
+    return PruneResult(*Rounds(job.program, job.settings, job.data, progress).run())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was checked: what to prune, how, with which examples."""
+
+    program: Program
+    settings: Settings
+    data: PruneData
+
+
+def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, **options: Any) -> Job:
+    """Check the arguments of ``prune`` and read the data; those that are not given have its defaults.
+
+    Raises:
+        UsageError: an option that there is not, or that means nothing.
+    """
+    known = inspect.signature(prune).parameters
+    unknown = [name for name in options if name not in known or name == "progress"]
+    if unknown:
+        raise UsageError(f"there is no option {unknown[0]!r}; those of prune are {', '.join(list(known)[2:-1])}")
+    defaults = {name: parameter.default for name, parameter in list(known.items())[2:-1]}
+    return _prepare(program_or_module, example_inputs, *(options.get(name, value) for name, value in defaults.items()))
+
+
+def _prepare(
+    program_or_module: Program | nn.Module, example_inputs: Any, budget: Any, metric: str, criterion: Any, data: Any,
+    loss: Any, val: Any, evaluate: Any, epochs: int | None, lr: float | None, batch_size: int, optimizer: str,
+    rounds: int | None, multiple_of: int | None, threads: int, batch: int, keep: Sequence[str], floor: Sequence[str],
+    cap: Sequence[str], depth: bool, target: Any, provider: str, plan: Plan | None, heads: str, resize_state: bool,
+    seed: int,
+) -> Job:  # fmt: skip
     limits = read_limits(budget, metric)
     _check(heads, threads, batch, batch_size, rounds, epochs, lr)
     if optimizer not in ("adamw", "sgd"):
         raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
+    if plan is not None:
+        heads, resize_state = plan.heads, plan.resize_state
     bounds = Bounds(tuple(map(read_bound, floor)), tuple(map(read_bound, cap)))
     device = target if isinstance(target, Device) or target is None else read_device(target)
     settings = Settings(
@@ -157,8 +198,7 @@ def prune(
     )  # fmt: skip
     if limits != (Limit(limits[0].metric, 1.0),):
         data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
-    arranged = arrange(data, val, program.extras.get("calibration"), seed=seed)
-    return PruneResult(*Rounds(program, settings, arranged, progress).run())
+    return Job(program, settings, arrange(data, val, program.extras.get("calibration"), seed=seed))
 
 
 def _fitting(program: Program, data: Any, loss: Any, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,15 @@ TOLERANCE = 0.05  # of a measured budget
 PATIENCE = 2  # branches that may be tried in vain
 
 
+@dataclass
+class Shared:
+    """What several runs on one dense network have in common: its scores, and the sessions that measure it."""
+
+    scores: np.ndarray | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)
+    stopwatch: Stopwatch | None = None
+
+
 class Rounds:
     """One run: decisions are taken on the units of the dense network, less the branches that went; the weights live in
     the small network.
@@ -54,6 +63,7 @@ class Rounds:
         settings: Settings,
         data: PruneData,
         progress: Callable[[str, float | None], None] | None,
+        shared: Shared | None = None,
     ) -> None:
         """Analyse the network.
 
@@ -63,6 +73,7 @@ class Rounds:
         self.original = permit(program, allowed=settings.resize_state)
         self.settings = settings
         self.data = data
+        self.shared = shared or Shared()
         self.progress = progress or (lambda stage, done=None: None)
         self.progress("reading the graph", None)
         self.certificate = Certificate(1.0, settings.metric, str(settings.criterion), settings.seed)
@@ -105,11 +116,13 @@ class Rounds:
 
     # what is asked ---------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def stopwatch(self) -> Stopwatch:
         """What measures candidates against the dense network."""
-        self.progress("measuring the dense network", None)
-        return Stopwatch(self.original, self.settings)
+        if self.shared.stopwatch is None:
+            self.progress("measuring the dense network", None)
+            self.shared.stopwatch = Stopwatch(self.original, self.settings)
+        return self.shared.stopwatch
 
     @cached_property
     def device(self) -> Device:
@@ -174,6 +187,10 @@ class Rounds:
     def _scores(self) -> np.ndarray:
         """Score the units of the small network and hand the scores to the units of its base."""
         settings, state = self.settings, self.state
+        first = not self.certificate.rounds
+        if first and self.shared.scores is not None:
+            self.scoring = self.shared.scoring
+            return self.shared.scores
         whole = state.shallow.analysis
         analysis = analyze(state.small, heads=settings.heads) if state.removed else replace(whole, program=state.small)
         context = ScoreContext.of(
@@ -186,6 +203,8 @@ class Rounds:
         )
         scores = score(settings.criterion, context)
         self.scoring = dict(context.facts)
+        if first:
+            self.shared.scores, self.shared.scoring = scores, self.scoring
         return lift_scores(whole, analysis, scores, state.plan.kept) if state.removed else scores
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
@@ -269,13 +288,12 @@ class Rounds:
     def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:
         """Choose the branches that go by what the network loses with them at the final budget, after repair.
 
-        The sum of the scores of its units says little of a whole branch, so every choice is tried: the next cheapest
-        branch goes too for as long as the loss on the calibration examples falls, or the budget is not met otherwise.
+        The sum of the scores of its units says little of a whole branch, so choices are tried: the first branches in
+        the order of harm per cost saved, as many as lower the loss on the calibration examples, or as the budget needs.
         """
         if not self.selector.branches:
             return ()
         trial = Trial(self.original, self.data.calibration, self.settings)
-        found: dict[tuple[str, ...], tuple[bool, float]] = {}
 
         def judge(names: tuple[str, ...]) -> tuple[bool, float]:
             selection = self._select(scores, self.ratios, names)
@@ -284,20 +302,19 @@ class Rounds:
             return False, trial.loss(self._cut(selection, None, prove=False)[0].state.small)
 
         self.progress("trying whole branches", None)
+        harm = {name: trial.harm(self.state.small, branch) for name, branch in self.selector.branches.items()}
         best: tuple[str, ...] = ()
-        found[best] = judge(best)
-        patience = PATIENCE
-        for name in self.selector.by_price(scores, self.ratios):
-            names = (*best, name)
-            if patience == 0 and not found[best][0]:
+        path, in_vain = best, 0
+        found: dict[tuple[str, ...], tuple[bool, float]] = {best: judge(best)}
+        for name in self.selector.by_price(harm, self.ratios):
+            if in_vain == PATIENCE and not found[best][0]:
                 break
-            if not self.selector.fit(names):
+            if not self.selector.fit((*path, name)):
                 continue
-            found[names] = judge(names)
-            if found[names] < found[best]:
-                best = names
-            else:
-                patience -= 1
+            path = (*path, name)
+            found[path] = judge(path)
+            better = found[path] < found[best]
+            best, in_vain = (path, 0) if better else (best, in_vain + 1)
         return best
 
     def _finetune(self, rounds: int, *, last: bool) -> None:

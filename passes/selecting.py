@@ -77,12 +77,12 @@ class Selector:
             return replace(selection, removed=selection.removed | gone)
         return replace(self._solve(scores, ratios, gone, self.units(drop)), dropped=drop)
 
-    def by_price(self, scores: np.ndarray, ratios: Ratios) -> list[str]:
-        """List the branches by score per cost saved, the cheapest first."""
+    def by_price(self, harm: dict[str, float], ratios: Ratios) -> list[str]:
+        """List the branches by harm per cost saved, the cheapest first; those that save nothing are left out."""
         cost, _ = self._costs(next(iter(ratios)))
         whole = cost.predict(())
         saved = {name: whole - cost.predict(branch.units) for name, branch in self.branches.items()}
-        price = {name: scores[list(self.branches[name].units)].sum() / gain for name, gain in saved.items() if gain > 0}
+        price = {name: harm[name] / gain for name, gain in saved.items() if gain > 0}
         return sorted(price, key=lambda name: (price[name], name))
 
     def _solve(self, scores: np.ndarray, ratios: Ratios, gone: frozenset[int], drop: frozenset[int]) -> Selection:

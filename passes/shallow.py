@@ -15,12 +15,13 @@ from kfe_fx.program import Program
 
 @dataclass(frozen=True)
 class Shallow:
-    """A Program from which branches were dropped, and its analysis; ``whole`` is the analysis before that."""
+    """A Program from which ``branches`` were dropped, and its analysis; ``whole`` is the analysis before that."""
 
     whole: Analysis
     units: frozenset[int]
     program: Program
     analysis: Analysis
+    branches: tuple[Branch, ...] = ()
 
     @classmethod
     def of(cls, whole: Analysis, branches: Iterable[Branch], heads: str) -> Shallow:
@@ -32,7 +33,7 @@ class Shallow:
         chosen = list(branches)
         program = DropBranches(tuple(branch.name for branch in chosen), heads=heads).run(whole.program).program
         units = frozenset[int]().union(*(branch.units for branch in chosen))
-        return cls(whole, units, program, analyze(program, heads=heads))
+        return cls(whole, units, program, analyze(program, heads=heads), tuple(chosen))
 
     def units_of(self, removed: frozenset[int]) -> frozenset[int]:
         """Tell in units of the shallow network which of it go when ``removed`` goes from the whole one."""

@@ -27,7 +27,8 @@ class Stopwatch:
             UsageError: the provider is not installed.
         """
         self._program, self._settings = dense, settings
-        self._session = self._open(onnx_bytes(dense))
+        self._onnx = onnx_bytes(dense)
+        self._session = self._open(self._onnx)
         self._templates: dict[tuple[str, ...], Template] = {}
 
     def _open(self, model: bytes) -> Any:
@@ -56,7 +57,7 @@ class Stopwatch:
     def anew(self, small: Program, onnx: bytes) -> dict[str, Any]:
         """Measure the final network against dense in sessions of their own; return what the certificate tells."""
         settings = self._settings
-        sessions = [self._open(onnx_bytes(self._program)), self._open(onnx)]
+        sessions = [self._open(self._onnx), self._open(onnx)]
         each = [self._feeds(self._program), self._feeds(small)]
         found = compare(sessions, each, seconds=FINAL_SECONDS, seed=settings.seed + 1)
         ratio = found.ratios[1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from kfe_fx.labels.branches import Branch
 from kfe_fx.passes.settings import Settings
-from kfe_fx.program import Program
+from kfe_fx.program import Program, get_tensor
 from kfe_fx.runtime.inputs import draw_inputs
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches
@@ -40,9 +42,19 @@ class Trial:
 
     def loss(self, candidate: Program) -> float:
         """Return the mean loss of a candidate; lower is better."""
+        return self._loss_of(candidate, lambda batch: self._run(candidate, batch))
+
+    def harm(self, program: Program, branch: Branch) -> float:
+        """Return by how much the loss grows when a branch gives its mean over each batch instead."""
+        whole = self._loss_of(program, lambda batch: self._run(program, batch))
+        runner = _Averaged(program, branch)
+        return self._loss_of(program, lambda batch: runner.run(*batch.inputs)) - whole
+
+    def _loss_of(self, candidate: Program, run: Callable[[Batch], tuple[Any, ...]]) -> float:
         total, count = 0.0, 0
         for place, batch in enumerate(self._batches):
-            found = self._run(candidate, batch)
+            with torch.no_grad():
+                found = run(batch)
             if self._loss is not None and batch.targets is not None:
                 outputs = pack(candidate.signature.outputs["eval"], found)
                 with torch.no_grad():
@@ -52,6 +64,24 @@ class Trial:
                 total += _distance(found, self._dense[place])
                 count += 1
         return total / max(1, count)
+
+
+class _Averaged(fx.Interpreter):
+    """Runs a network in which what a branch gives is its mean over examples and positions."""
+
+    def __init__(self, program: Program, branch: Branch) -> None:
+        super().__init__(program.module(), graph=program.graphs["eval"])
+        self._dims = {constant.source: constant.dims for constant in branch.constants}
+
+    def fetch_attr(self, target: str) -> Any:
+        return get_tensor(self.module, target)  # type: ignore[arg-type]  # it is the Program's module
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self._dims:
+            return value
+        others = [dim for dim in range(value.dim()) if dim not in self._dims[n.name]]
+        return value.mean(others, keepdim=True).expand_as(value).contiguous() if others else value
 
 
 def _distance(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> float:

@@ -3,7 +3,8 @@
 The exporter takes seconds, a loop that measures candidates would spend its time there. A candidate differs from its
 source in weights, in the number of groups of a convolution and in the size of a recurrent layer; where nothing else
 differs, filling its weights into the source's ONNX model gives the same model in milliseconds. Whether that was so is
-checked by running it.
+checked by running it. The sizes that the model tells of its intermediate values decide what ONNX Runtime fuses (a sum
+and a layer norm only where both operands have the same size, for one); so they are written anew, as a run shows them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Template:
 
         scrambled = _scrambled(program)
         self._model = onnx.load_from_string(onnx_bytes(scrambled))
+        weights = {tensor.name for tensor in self._model.graph.initializer}  # they tell their sizes themselves
+        self._told = [one for one in self._model.graph.value_info if one.name not in weights]
         del self._model.graph.value_info[:]
         self._sources = self._match(scrambled)
 
@@ -66,7 +69,10 @@ class Template:
         The result has run on probe inputs at two batch sizes and agreed with the Program.
         """
         model = self._filled(program)
-        return model if model is not None and _agrees(program, model) else None
+        if model is None or not self._tell_sizes(model, program):
+            return None
+        filled = model.SerializeToString(deterministic=True)
+        return filled if _agrees(program, filled) else None
 
     def model(self, program: Program) -> bytes:
         """Return the ONNX model of ``program``: filled in where that is the same, else exported.
@@ -98,7 +104,33 @@ class Template:
                     break
         return found
 
-    def _filled(self, program: Program) -> bytes | None:
+    def _tell_sizes(self, model: Any, program: Program) -> bool:
+        """Note the sizes of intermediate values in ``model``, those of the source with what a run of it finds."""
+        import onnx
+
+        probe = onnx.ModelProto()
+        probe.CopyFrom(model)
+        known = {output.name for output in model.graph.output}
+        told = [one for one in self._told if one.name not in known and one.type.HasField("tensor_type")]
+        for one in told:
+            bare = probe.graph.output.add()
+            bare.CopyFrom(one)
+            bare.type.tensor_type.ClearField("shape")
+        try:
+            session = make_session(probe.SerializeToString(), optimization="none")
+            arrays = run(session, to_feeds(program, draw_inputs(program)))
+        except KfeError:
+            return False
+        for one, array in zip(told, arrays[len(arrays) - len(told) :], strict=True):
+            written = model.graph.value_info.add()
+            written.CopyFrom(one)
+            for dim, size in zip(written.type.tensor_type.shape.dim, np.shape(array), strict=True):
+                if dim.HasField("dim_value"):  # named axes stay as they are called
+                    dim.dim_value = size
+        return True
+
+    def _filled(self, program: Program) -> Any:
+        """Return the source's model with the weights of ``program``, None where they do not fit in."""
         import onnx
         from onnx import numpy_helper
 
@@ -130,7 +162,7 @@ class Template:
                     return None
         for output in model.graph.output:
             output.type.tensor_type.ClearField("shape")  # its width may be another one
-        return model.SerializeToString(deterministic=True)
+        return model
 
 
 def _initializers(graph: Any) -> Iterator[Any]:

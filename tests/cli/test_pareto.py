@@ -1,0 +1,99 @@
+"""`kfe-fx pareto`, and `prune` with several budgets, a plan and a target, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kfe_fx
+from kfe_fx.cli.main import run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)),
+    )
+    kfe_fx.save(net.eval(), torch.randn(2, 1, 6, 6), path=folder / "model.pt")
+    wide = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 3, 3))
+    kfe_fx.save(wide.eval(), torch.randn(2, 1, 20, 20), path=folder / "wide.pt")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "data.npz", x=rng.standard_normal((40, 1, 6, 6), np.float32), y=rng.integers(0, 3, 40))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> Any:
+    assert run([*map(str, args), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) -> str:
+    assert run([*map(str, args)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("kfe-fx: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_points_then_the_one_that_is_picked(made: Path, capsys: pytest.CaptureFixture[str]):
+    data = ("--data", made / "data.npz")
+    told = answer(capsys, "pareto", made / "model.pt", "--budgets", "0.7,0.4", "--metric", "macs", *data)
+    assert [point["budget"] for point in told["points"]] == [0.7, 0.4]
+    assert sorted(path.name for path in Path().iterdir()) == ["model.pareto.json", "model.pareto.svg"]
+    plan = ("--plan", "model.pareto.json")
+    built = answer(capsys, "prune", made / "model.pt", *plan, "--budget", "0.4", "--metric", "macs", *data)
+    assert built["after"]["macs"] == told["points"][1]["after"]["macs"]
+    assert "no point with the budget 0.5" in refused(
+        capsys, "prune", made / "model.pt", *plan, "--budget", "0.5", "--force"
+    )
+    assert "--force" in refused(capsys, "pareto", made / "model.pt", "--metric", "macs")
+
+
+def test_the_table_of_points(made: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["pareto", str(made / "model.pt"), "--budgets", "macs=0.5", "-o", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for text in ("budget", "reached", "multiply-accumulates", "wrote out/model.pareto.json"):
+        assert text in out
+
+
+@pytest.mark.parametrize("budgets", ["", "0.5,abc", "0.5,2M", "1.5"])
+def test_lists_that_mean_nothing(budgets: str, made: Path, capsys: pytest.CaptureFixture[str]):
+    refused(capsys, "pareto", made / "model.pt", "--budgets", budgets)
+    assert list(Path().iterdir()) == []
+
+
+def test_several_budgets_on_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]):
+    told = answer(capsys, "prune", made / "model.pt", "--budget", "macs=0.6", "--budget", "1k", "--floor", "3=4")
+    assert [limit["metric"] for limit in told["limits"]] == ["macs", "params"]
+    assert told["after"]["parameters"] <= 1000
+    assert all(limit["met"] for limit in told["limits"])
+
+
+def test_a_target_is_predicted(made: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["calibrate", "-q", "-o", "here.json"]) == 0
+    device = json.loads(Path("here.json").read_text())
+    device["fingerprint"]["cpu"] = "another one"
+    Path("there.json").write_text(json.dumps(device))
+    told = answer(capsys, "prune", made / "wide.pt", "--budget", "0.7", "--target", "there.json", "--multiple-of", 8)
+    assert told["predicted"]["device"]["cpu"] == "another one"
+    assert "latency" not in told["measured"]
+    assert run(["prune", str(made / "wide.pt"), "--budget=0.7", "--target=there.json", "--multiple-of=8", "-f"]) == 0
+    assert "predicted, not measured" in capsys.readouterr().out
+    Path("there.json").write_text("{")
+    assert "there.json" in refused(capsys, "prune", made / "wide.pt", "--budget=0.7", "--target=there.json", "-f")

@@ -1,0 +1,230 @@
+"""Budgets of several kinds on one run of prune: what is asked, what is reached, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfe_fx
+from kfe_fx import prune
+from kfe_fx.cost.device import Device, write_device
+from kfe_fx.cost.probes import fingerprint
+from kfe_fx.cost.profile import Profile
+from kfe_fx.errors import BadFile, PlanError, UsageError
+from kfe_fx.passes.pareto import pareto
+from kfe_fx.plan import read_plan
+
+X = torch.randn(2, 3, 12, 12)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(width, 2 * width, 3, padding=1), nn.Conv2d(2 * width, width, 1)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.two(torch.relu(self.one(x)))))
+
+
+def made(width: int = 16, blocks: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    body = [Block(width) for _ in range(blocks)]
+    net = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+    )
+    return net.eval()
+
+
+def cut(budget: Any, **options: Any) -> kfe_fx.PruneResult:
+    return prune(made(), X, budget=budget, criterion="magnitude", **options)
+
+
+def reached(result: kfe_fx.PruneResult) -> dict[str, float]:
+    return {limit["metric"]: limit["reached"] for limit in result.certificate.limits}
+
+
+def test_several_budgets_are_met_together() -> None:
+    result = cut({"macs": 0.5, "params": 0.4})
+    assert result.certificate.feasible
+    assert reached(result)["macs"] <= 0.5
+    assert reached(result)["params"] <= 0.4
+    assert all(limit["met"] for limit in result.certificate.limits)
+    tighter, macs = cut({"macs": 0.5}), result.certificate.after["macs"]
+    assert macs <= tighter.certificate.after["macs"]
+
+
+def test_absolute_budgets() -> None:
+    whole = sum(parameter.numel() for parameter in made().parameters())
+    result = cut(f"{0.6 * whole / 1e3:.3f}k")
+    assert result.certificate.after["parameters"] <= 0.6 * whole
+    assert result.certificate.limits[0]["asked"].startswith("params=")
+    assert reached(result)["params"] == pytest.approx(result.certificate.after["parameters"] / whole)
+    memory = cut("0.01MB")
+    assert memory.certificate.after["peak_memory"] <= 10_000
+    plenty = cut("1G")
+    assert plenty.certificate.reached == 1.0  # it fits already: nothing is touched
+    assert not plenty.plan.kept
+
+
+def test_out_of_reach_names_the_budget_that_binds() -> None:
+    result = cut({"macs": 0.5, "params": 1e-4}, depth=False)
+    assert not result.certificate.feasible
+    assert result.certificate.binding.startswith("params: ")
+
+
+def test_floors_and_caps_of_layers() -> None:
+    small = cut("macs=0.4", floor=("1.one=0.9",), cap=("2.one=4",), depth=False).module().state_dict()
+    assert small["1.one.weight"].shape[0] >= 0.9 * 32
+    assert small["2.one.weight"].shape[0] <= 4
+    with pytest.raises(UsageError, match="drop one of them"):
+        cut("macs=0.4", floor=("1.one=20",), cap=("1.one=4",))
+    with pytest.raises(UsageError, match="--keep keeps whole"):
+        cut("macs=0.4", keep=("1.one",), cap=("1.one=4",))
+
+
+# depth ---------------------------------------------------------------------------------------------------------------
+
+
+def useless() -> nn.Module:
+    """The middle block adds nearly nothing."""
+    net = made()
+    with torch.no_grad():
+        net[2].norm.weight.mul_(1e-3)
+    return net
+
+
+def test_a_branch_that_says_nothing_goes_as_a_whole(tmp_path: Path) -> None:
+    net = useless()
+    result = prune(net, X, budget="macs=0.65", criterion="magnitude", data=torch.randn(64, 3, 12, 12), rounds=1)
+    assert result.plan.dropped[0] == "2.two"
+    small = result.module().state_dict()
+    assert not [name for name in small if name.startswith(("2.one", "2.two", "2.norm"))]
+    assert small["2.constant"].shape == (16, 1, 1)
+    assert result.certificate.feasible
+    assert result.certificate.masked_error <= 1e-4
+    assert result.certificate.after["macs"] == reached(result)["macs"] * result.certificate.before["macs"]
+    files = result.write(tmp_path, "net")
+    assert kfe_fx.verify(files[-1])
+    # the plan alone builds it again
+    plan = read_plan(files[-1])
+    assert plan == replace(result.plan, metadata=plan.metadata)
+    again = kfe_fx.apply(plan, kfe_fx.capture(net, X))
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in small.items()
+    }
+    with pytest.raises(PlanError, match="drops whole branches"):
+        kfe_fx.apply(plan, net, X)
+
+
+def test_depth_can_be_switched_off() -> None:
+    data = torch.randn(64, 3, 12, 12)
+    result = prune(useless(), X, budget="macs=0.65", criterion="magnitude", data=data, depth=False)
+    assert not result.plan.dropped
+    kept = prune(useless(), X, budget="macs=0.65", criterion="magnitude", data=data, keep=("2.one",))
+    assert "2.two" not in kept.plan.dropped
+
+
+def test_branches_and_units_over_several_rounds() -> None:
+    net, (x, y) = useless(), (torch.randn(96, 3, 12, 12), torch.randint(0, 4, (96,)))
+    result = prune(net, X, budget="macs=0.3", criterion="taylor", data=(x, y), epochs=1, rounds=3, batch_size=16)
+    assert result.certificate.feasible
+    assert len(result.certificate.rounds) == 3
+    assert result.certificate.masked_error <= 1e-4
+    assert sum(entry["removed"] for entry in result.certificate.rounds) > 0
+
+
+# another device ------------------------------------------------------------------------------------------------------
+
+
+def device(**constants: float) -> Device:
+    """A made-up device: not this machine, with some constants of its own."""
+    measured = {"nanoseconds": {}, "ratios": {}, "step_probed": True, "seconds": 1.0}
+    return Device(replace(fingerprint(1, "fp32"), cpu="made up"), replace(Profile(), **constants), 1, (), measured)
+
+
+def test_two_devices_get_two_plans_that_are_predicted(tmp_path: Path) -> None:
+    dear, cheap = device(conv_mac=1.0), device(pointwise_mac=1.0)
+    path = tmp_path / "device.json"
+    write_device(dear, path)
+    first, second = (cut(0.6, target=target, depth=False) for target in (path, cheap))
+    assert first.plan.kept != second.plan.kept
+    for result in (first, second):
+        assert "latency" not in result.certificate.measured
+        assert result.certificate.predicted["ratio"] <= 0.6 + 1e-9
+        assert result.certificate.reached == result.certificate.predicted["ratio"]
+        assert any("predicted, not measured" in note for note in result.certificate.notes)
+        assert any("predicted, not measured" in row[0] for row in result.certificate.table())
+    milliseconds = first.certificate.predicted["dense_ms"] / 2
+    half = cut(f"{milliseconds}ms", target=dear, depth=False)
+    assert half.certificate.predicted["pruned_ms"] <= milliseconds * (1 + 1e-6)
+
+
+def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    path.write_text("{}")
+    with pytest.raises(BadFile, match=r"device\.json"):
+        cut(0.5, target=path)
+
+
+def test_a_provider_that_is_not_installed() -> None:
+    with pytest.raises(UsageError, match="CPUExecutionProvider"):
+        cut(0.5, provider="NoSuchProvider")
+
+
+# plans and points ----------------------------------------------------------------------------------------------------
+
+
+def test_points_of_one_scoring_and_the_one_that_is_built(tmp_path: Path) -> None:
+    data = torch.randn(64, 3, 12, 12), torch.randint(0, 4, (64,))
+    front = pareto(made(), X, budgets=("macs=0.5", "macs=0.8", "macs=0.3"), criterion="taylor", data=data)
+    assert [point.budget for point in front.points] == [0.8, 0.5, 0.3]
+    macs = [point.certificate.after["macs"] for point in front.points]
+    assert macs == sorted(macs, reverse=True)
+    assert all(point.certificate.reached <= point.budget + 1e-9 for point in front.points)
+    assert len(front.rows()) == 3
+    front.write(tmp_path / "net.pareto.json")
+    front.plot(tmp_path / "net.svg")
+    assert (tmp_path / "net.svg").read_text().startswith("<?xml")
+    with pytest.raises(BadFile, match="--force"):
+        front.write(tmp_path / "net.pareto.json")
+    plan = read_plan(tmp_path / "net.pareto.json", 0.5)
+    built = prune(made(), X, budget="macs=0.5", plan=plan, data=data, epochs=1, batch_size=16)
+    assert built.plan.kept == front.points[1].plan.kept
+    assert built.plan.dropped == front.points[1].plan.dropped
+    assert built.certificate.after == front.points[1].certificate.after
+    with pytest.raises(PlanError, match=r"no point with the budget 0\.9; it has 0\.8, 0\.5, 0\.3"):
+        read_plan(tmp_path / "net.pareto.json", 0.9)
+
+
+def test_pareto_takes_one_metric() -> None:
+    for budgets in ((), ("macs=0.5", "2M")):
+        with pytest.raises(UsageError, match="pareto"):
+            pareto(made(), X, budgets=budgets)
+    with pytest.raises(UsageError, match="no option 'budgit'"):
+        pareto(made(), X, budgets=(0.5,), budgit=3)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", json.dumps({"plan": 3}), json.dumps({"points": 3, "plan": {}})])
+def test_files_that_hold_no_plan(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises((BadFile, PlanError)) as caught:
+        read_plan(path, 0.5)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadFile):
+        read_plan(tmp_path / "nothing.json")
+
+
+def test_a_plan_of_another_network() -> None:
+    plan = cut("macs=0.5").plan
+    with pytest.raises(PlanError):
+        prune(made(blocks=2), X, budget="macs=0.5", plan=plan)
+    with pytest.raises(PlanError, match="branch"):
+        prune(made(), X, budget="macs=0.5", plan=replace(plan, dropped=("9.two",)))
