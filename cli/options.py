@@ -226,6 +226,13 @@ device = stack(
         "--provider", default="CPUExecutionProvider", show_default=True, help="Of ONNX Runtime, to measure with."
     ),
     click.option(
+        "--precision",
+        type=click.Choice(["fp32", "int8"]),
+        default="fp32",
+        show_default=True,
+        help="What is measured: the networks as they are, or int8 copies of them; what is written is float32.",
+    ),
+    click.option(
         "--target",
         type=click.Path(path_type=Path),
         metavar="FILE",

@@ -77,7 +77,9 @@ class Certificate:
         if not latency:
             return []
         low, high = latency["interval"]
-        label = f"latency, {latency['threads']} thread{'s' if latency['threads'] > 1 else ''}, batch {latency['batch']}"
+        kind = "" if latency.get("precision", "fp32") == "fp32" else f" in {latency['precision']}"
+        threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
+        label = f"latency{kind}, {threads}, batch {latency['batch']}"
         return [
             (label, f"{latency['dense_ms']:.3f} ms", f"{latency['pruned_ms']:.3f} ms"),
             ("... of dense (measured anew, 95 %)", "1", f"{latency['ratio']:.3f} ({low:.3f}-{high:.3f})"),

@@ -25,6 +25,7 @@ from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.strip_curvature import StripCurvature
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
+from kfe_fx.runtime.quantise import PRECISIONS
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.prune_data import PruneData, arrange
@@ -93,6 +94,7 @@ def prune(
     depth: bool = True,
     target: Device | str | Path | None = None,
     provider: str = "CPUExecutionProvider",
+    precision: str = "fp32",
     plan: Plan | None = None,
     heads: str = "auto",
     resize_state: bool = False,
@@ -129,6 +131,7 @@ def prune(
         target: a device profile (or its file, from ``kfe-fx calibrate``) to prune for: latency is predicted then, not
             measured, unless the profile is of this machine.
         provider: of ONNX Runtime, for what is measured.
+        precision: "fp32", or "int8": int8 copies are measured, of the dense network too; what is written is float32.
         plan: remove what this plan says instead of selecting; ``budget`` is what it is judged by.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
         resize_state: let states of recurrent layers that are inputs or outputs of the network lose hidden units too
@@ -146,8 +149,8 @@ def prune(
     """
     job = _prepare(
         program_or_module, example_inputs, budget, metric, criterion, data, loss, val, evaluate, epochs, lr, batch_size,
-        optimizer, rounds, multiple_of, threads, batch, keep, floor, cap, depth, target, provider, plan, heads,
-        resize_state, seed,
+        optimizer, rounds, multiple_of, threads, batch, keep, floor, cap, depth, target, provider, precision, plan,
+        heads, resize_state, seed,
     )  # fmt: skip
     return PruneResult(*Rounds(job.program, job.settings, job.data, progress).run())
 
@@ -179,11 +182,13 @@ def _prepare(
     program_or_module: Program | nn.Module, example_inputs: Any, budget: Any, metric: str, criterion: Any, data: Any,
     loss: Any, val: Any, evaluate: Any, epochs: int | None, lr: float | None, batch_size: int, optimizer: str,
     rounds: int | None, multiple_of: int | None, threads: int, batch: int, keep: Sequence[str], floor: Sequence[str],
-    cap: Sequence[str], depth: bool, target: Any, provider: str, plan: Plan | None, heads: str, resize_state: bool,
-    seed: int,
+    cap: Sequence[str], depth: bool, target: Any, provider: str, precision: str, plan: Plan | None, heads: str,
+    resize_state: bool, seed: int,
 ) -> Job:  # fmt: skip
     limits = read_limits(budget, metric)
     _check(heads, threads, batch, batch_size, rounds, epochs, lr)
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is {' or '.join(PRECISIONS)}, got {precision!r}")
     if optimizer not in ("adamw", "sgd"):
         raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
@@ -193,7 +198,7 @@ def _prepare(
     device = target if isinstance(target, Device) or target is None else read_device(target)
     settings = Settings(
         limits, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads, batch,
-        tuple(keep), heads, seed, resize_state, bounds, depth, provider,
+        tuple(keep), heads, seed, resize_state, bounds, depth, provider, precision,
         None if device is not None and device.is_this_machine() else device, plan,
     )  # fmt: skip
     if limits != (Limit(limits[0].metric, 1.0),):

@@ -362,6 +362,11 @@ class Rounds:
             onnx = prove(self.state.small, self.certificate)
             self.progress("measuring anew", None)
             self.certificate.measured["latency"] = self.stopwatch.anew(self.state.small, onnx)
+            if self.settings.precision == "int8":
+                self.certificate.notes.append(
+                    "the latency is that of int8 copies of both networks (ranges from drawn inputs), predicted with "
+                    "the constants of float32; the ONNX file is float32: quantise it"
+                )
         else:
             milliseconds = self.selector.milliseconds
             tell_prediction(

@@ -36,6 +36,7 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     depth: bool = True
     provider: str = "CPUExecutionProvider"
+    precision: str = "fp32"
     target: Device | None = None
     plan: Plan | None = None
 

@@ -9,11 +9,13 @@ from kfe_fx.program import Program
 from kfe_fx.runtime.inputs import feeds
 from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import onnx_bytes
+from kfe_fx.runtime.quantise import int8
 from kfe_fx.runtime.session import make_session
 from kfe_fx.runtime.template import Template
 
 FINAL_SECONDS = 3.0
 TURN_SECONDS = 1.0
+RANGES = 4  # batches of drawn inputs that ranges of int8 copies are taken from
 
 
 class Stopwatch:
@@ -28,11 +30,14 @@ class Stopwatch:
         """
         self._program, self._settings = dense, settings
         self._onnx = onnx_bytes(dense)
-        self._session = self._open(self._onnx)
+        self._session = self._open(self._onnx, dense)
         self._templates: dict[tuple[str, ...], Template] = {}
 
-    def _open(self, model: bytes) -> Any:
-        return make_session(model, threads=self._settings.threads, provider=self._settings.provider)
+    def _open(self, model: bytes, program: Program) -> Any:
+        settings = self._settings
+        if settings.precision == "int8":
+            model = int8(model, [feeds(program, settings.batch, settings.seed + turn) for turn in range(RANGES)])
+        return make_session(model, threads=settings.threads, provider=settings.provider)
 
     def _feeds(self, program: Program) -> Any:
         return feeds(program, self._settings.batch, self._settings.seed)  # its states may have lost units
@@ -49,7 +54,7 @@ class Stopwatch:
         """
         if dropped not in self._templates:
             self._templates[dropped] = Template(base)  # one export; each candidate is sliced into it
-        session = self._open(self._templates[dropped].model(candidate))
+        session = self._open(self._templates[dropped].model(candidate), candidate)
         each = [self._feeds(self._program), self._feeds(candidate)]
         found = compare([self._session, session], each, seconds=TURN_SECONDS, precision=0.005, seed=self._settings.seed)
         return found.ratios[1].value
@@ -57,7 +62,7 @@ class Stopwatch:
     def anew(self, small: Program, onnx: bytes) -> dict[str, Any]:
         """Measure the final network against dense in sessions of their own; return what the certificate tells."""
         settings = self._settings
-        sessions = [self._open(self._onnx), self._open(onnx)]
+        sessions = [self._open(self._onnx, self._program), self._open(onnx, small)]
         each = [self._feeds(self._program), self._feeds(small)]
         found = compare(sessions, each, seconds=FINAL_SECONDS, seed=settings.seed + 1)
         ratio = found.ratios[1]
@@ -70,4 +75,5 @@ class Stopwatch:
             "threads": settings.threads,
             "batch": settings.batch,
             "provider": sessions[1].get_providers()[0],
+            "precision": settings.precision,
         }

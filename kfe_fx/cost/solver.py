@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 CAP = 0.9
-EXACT_COMBINATIONS = 3000  # solved in a fraction of a second
+EXACT_COMBINATIONS = 5000  # solved in a fraction of a second
 # a cost that differs from the limit by less than rounding meets it
 _ROUNDING = 1e-9
 

@@ -178,6 +178,18 @@ def test_a_provider_that_is_not_installed() -> None:
         cut(0.5, provider="NoSuchProvider")
 
 
+def test_int8_says_what_was_measured() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 3, 3)).eval()
+    x = torch.randn(2, 3, 24, 24)
+    result = prune(net, x, budget=0.7, criterion="magnitude", precision="int8", multiple_of=16)
+    assert result.certificate.measured["latency"]["precision"] == "int8"
+    assert any("int8 copies" in note for note in result.certificate.notes)
+    assert any(row[0].startswith("latency in int8, 1 thread") for row in result.certificate.table())
+    with pytest.raises(UsageError, match="precision is fp32 or int8"):
+        prune(net, x, budget=0.7, precision="int4")
+
+
 # plans and points ----------------------------------------------------------------------------------------------------
 
 
