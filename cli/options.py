@@ -174,7 +174,8 @@ selecting = stack(
     click.option(
         "--multiple-of",
         type=COUNT,
-        help="Keep widths at multiples of this. Default: the smallest step that measures faster on this machine.",
+        help="Keep widths at multiples of this. Default: the smallest step that is faster on the device, where latency "
+        "is budgeted.",
     ),
     click.option(
         "--depth/--no-depth",

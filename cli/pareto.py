@@ -96,7 +96,7 @@ def command(
         else:
             note = ""
     if as_json:
-        points = [{"budget": point.budget, **point.certificate.to_json()} for point in front.points]
+        points = [{"asked": str(point.budget), **point.certificate.to_json()} for point in front.points]
         output.show_json({"model": model, "metric": front.metric, "points": points, "files": files})
     elif not quiet:
         output.show_table(front.rows(), COLUMNS, numbers=range(1, len(COLUMNS)))

@@ -48,7 +48,7 @@ def run(job: Job) -> None:
     from kfe_fx.cost.budget import Limit, read_limits
 
     limits = read_limits(job.settings["budget"], job.settings.get("metric", "latency"))
-    if limits == (Limit(limits[0].metric, 1.0),) and job.plan is None:
+    if limits == (Limit(limits[0].metric, 1.0),) and job.plan is None and not job.settings.get("cap"):
         text = "nothing to do: a budget of 1 keeps the whole network; no file was written"
         if job.as_json:
             output.show_json({"model": job.model, "budget": 1.0, "modified": False, "note": text, "files": []})
@@ -64,7 +64,7 @@ def run(job: Job) -> None:
     # what is quick to find wrong comes first
     loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
     data, val = load_examples(job.data), load_examples(job.val)
-    plan = None if job.plan is None else read_plan(job.plan, limits[0].value)
+    plan = None if job.plan is None else read_plan(job.plan, str(limits[0]))
     program = kfe_fx.load(job.model, data=data, **job.loading)
     with output.progress(quiet=job.quiet) as report:
         result = kfe_fx.prune(
@@ -89,7 +89,8 @@ def show(job: Job, result: Any, paths: Any) -> None:
         click.echo(f"data: {certificate.data['note']}\n")
         output.show_table(certificate.table(), ("", "before", "after"), numbers=(1, 2))
         click.echo(
-            f"\n{certificate.metric}: {certificate.reached:.3f} of the original; the budget was {certificate.budget:g}"
+            f"\n{certificate.metric}: {certificate.reached:.3f} of the original; "
+            f"the budget was {certificate.budget:.3g}"
         )
         for text in certificate.remarks():
             click.echo(f"note: {text}")

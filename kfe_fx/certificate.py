@@ -12,7 +12,8 @@ class Certificate:
 
     ``before`` and ``after`` hold exact counts (parameters, macs, peak_memory in bytes). ``rounds`` lists each surgery
     with the largest difference between the masked original and the shrunk network, relative to the output's rms.
-    ``measured`` holds everything that depends on the machine: two runs with equal seeds agree in all the rest.
+    ``measured`` holds what was measured on the machine. Two runs with equal seeds agree in all the rest, unless
+    latency is budgeted: then what was selected follows from measurements too.
     """
 
     budget: float

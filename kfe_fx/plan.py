@@ -136,8 +136,10 @@ class Plan:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
 
 
-def read_plan(path: str | os.PathLike[str], budget: float | None = None) -> Plan:
+def read_plan(path: str | os.PathLike[str], budget: str = "") -> Plan:
     """Read the plan in a file of ``prune`` or, of a file of ``pareto``, that of the point with this budget.
+
+    ``budget`` is spelled as ``str(limit)`` does: "latency=0.5".
 
     Raises:
         BadFile: there is no such file, or it is no JSON.
@@ -145,8 +147,8 @@ def read_plan(path: str | os.PathLike[str], budget: float | None = None) -> Plan
     """
     place = Path(path)
     try:
-        if place.stat().st_size > _LARGEST:
-            raise BadFile(f"{place}: too large for a plan")
+        if not place.is_file() or place.stat().st_size > _LARGEST:
+            raise BadFile(f"{place}: no file that prune or pareto wrote; name a .pruned.json or .pareto.json")
         document = json.loads(place.read_bytes())
     except OSError as error:
         raise BadFile(f"{place}: cannot be read ({error.strerror}); give a file that prune or pareto wrote") from None
@@ -156,10 +158,10 @@ def read_plan(path: str | os.PathLike[str], budget: float | None = None) -> Plan
         raise PlanError(f"{place}: no plan is in it")
     points = document.get("points")
     if isinstance(points, list):
-        budgets = [point.get("budget") for point in points if isinstance(point, dict)]
-        if budget not in budgets:
-            raise PlanError(f"{place}: no point with the budget {budget}; it has {', '.join(map(str, budgets))}")
-        document = points[budgets.index(budget)]
+        by_budget = {str(point.get("asked")): point for point in points if isinstance(point, dict)}
+        if budget not in by_budget:
+            raise PlanError(f"{place}: no point with the budget {budget}; it has {', '.join(by_budget) or 'none'}")
+        document = by_budget[budget]
     return Plan.from_json(document.get("plan", document))
 
 

@@ -66,7 +66,7 @@ class Cutter:
         settings, sample, error = self._settings, self._data.calibration, 0.0
         small = state.small
         if prove or sample is None:
-            small = DropBranches(names, heads=settings.heads).run(state.small).program
+            small = DropBranches(names, heads=settings.heads, always=True).run(state.small).program
         if prove:
             whole = replace(shallow.whole, program=state.full())
             error = check_masked(whole, small, state.removed | shallow.units, settings.seed)
@@ -75,7 +75,7 @@ class Cutter:
             known = shallow.branches if present is None else find_branches(present)
             chosen = [branch for branch in known if branch.name in names]
             means = measure_branch_means(state.small, chosen, sample, batch_size=settings.batch_size)
-            small = DropBranches(names, means, settings.heads).run(state.small).program
+            small = DropBranches(names, means, settings.heads, always=True).run(state.small).program
         removed = shallow.units_of(state.removed)
         plan = Plan.of_units(shallow.analysis, removed, heads=settings.heads)
         plan = replace(plan, dropped=(*state.plan.dropped, *names))
@@ -96,6 +96,8 @@ class Cutter:
         small = Shrink(bare).run(full).program
         error = check_masked(replace(analysis, program=full), small, removed, seed) if prove else 0.0
         step = Plan(relative(state.plan.kept, plan.kept), heads=heads)
+        if removed == state.removed and not plan.dropped:  # nothing went: nothing is to be repaired
+            return Cut(state, step, error, {})
         small, facts = self._repair(state.small, small, step)
         return Cut(State(small, state.shallow, removed, plan), step, error, facts)
 

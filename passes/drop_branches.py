@@ -39,6 +39,7 @@ class DropBranches(Pass):
         names: of branches, from ``find_branches``.
         means: the constants to put there instead, by name of a branch, from ``measure_branch_means``.
         heads: as for ``analyze``.
+        always: put a Parameter there even where it is zero (or one), to be filled or trained later.
     """
 
     name: ClassVar[str] = "drop-branches"
@@ -46,6 +47,7 @@ class DropBranches(Pass):
     names: tuple[str, ...] = ()
     means: Means = field(default_factory=dict, repr=False, compare=False)
     heads: str = "auto"
+    always: bool = False
 
     def run(self, program: Program) -> PassResult:
         """Return the Program without the branches; ``program`` stays as it was.
@@ -66,7 +68,7 @@ class DropBranches(Pass):
         trains = {each.source: _trains(twin, branch) for branch in chosen for each in branch.constants}
         constants = [
             None
-            if needless(analysis, whole.joins, place, value)
+            if not self.always and needless(analysis, whole.joins, place, value)
             else _place(twin.module(), constant, nn.Parameter(value.clone(), trains.get(constant.source, True)))
             for place, (constant, value) in enumerate(zip(whole.constants, values, strict=True))
         ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kfe_fx.certificate import Certificate
-from kfe_fx.cost.budget import read_limits
+from kfe_fx.cost.budget import Limit, read_limits
 from kfe_fx.errors import BadFile, MissingDependency, UsageError
 from kfe_fx.format.atomic import replacing
 from kfe_fx.passes.prune import prepare
@@ -28,7 +28,7 @@ BUDGETS = (0.7, 0.5, 0.35, 0.25)
 class Point:
     """One budget: the plan that meets it, and the certificate of what came of it before any training."""
 
-    budget: float
+    budget: Limit
     plan: Plan
     certificate: Certificate
 
@@ -39,7 +39,7 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """Return the point as JSON-ready data."""
-        return {"budget": self.budget, "plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
+        return {"asked": str(self.budget), "plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _row(point: Point) -> tuple[str, ...]:
     times = measured or certificate.predicted
     quality = point.quality
     return (
-        f"{point.budget:g}",
+        str(point.budget),
         reached,
         f"{times['pruned_ms']:.3f}" if times else "",
         f"{certificate.after['parameters']:,}",
@@ -146,5 +146,5 @@ def pareto(
     for limits in sorted(asked, key=lambda limits: -limits[0].value):
         settings = replace(job.settings, limits=limits)
         _, plan, certificate = Rounds(job.program, settings, job.data, progress, shared).run()
-        points.append(Point(limits[0].value, plan, certificate))
+        points.append(Point(limits[0], plan, certificate))
     return Front(metric, tuple(points))

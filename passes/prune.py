@@ -14,7 +14,7 @@ from torch import nn
 
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.bounds import Bounds, read_bound
-from kfe_fx.cost.budget import Limit, read_limits
+from kfe_fx.cost.budget import read_limits
 from kfe_fx.cost.device import Device, read_device
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
@@ -192,17 +192,23 @@ def _prepare(
     if optimizer not in ("adamw", "sgd"):
         raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
+    if limits[0].metric == "widths" and (keep or floor or cap):
+        raise UsageError("a budget of widths cuts all layers alike: keep, floor and cap go with the other metrics")
     if plan is not None:
         heads, resize_state = plan.heads, plan.resize_state
     bounds = Bounds(tuple(map(read_bound, floor)), tuple(map(read_bound, cap)))
     device = target if isinstance(target, Device) or target is None else read_device(target)
+    foreign = device is not None and not device.is_this_machine()
+    if foreign and (batch, precision, provider) != (1, "fp32", Settings.provider):
+        raise UsageError(
+            "for another device only batch 1 and fp32 are predicted; drop --batch, --precision, --provider"
+        )
     settings = Settings(
         limits, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads, batch,
         tuple(keep), heads, seed, resize_state, bounds, depth, provider, precision,
-        None if device is not None and device.is_this_machine() else device, plan,
+        device if foreign else None, plan,
     )  # fmt: skip
-    if limits != (Limit(limits[0].metric, 1.0),):
-        data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
+    data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
     return Job(program, settings, arrange(data, val, program.extras.get("calibration"), seed=seed))
 
 

@@ -155,6 +155,8 @@ class Rounds:
 
     def _rounds(self, judge: Metric | None) -> None:
         targets = self._targets()
+        if self.settings.measures:
+            _ = self.stopwatch  # what cannot be measured is to be known before anything is trained
         for number, ratios in enumerate(targets):
             last = number == len(targets) - 1
             self.progress(f"round {number + 1} of {len(targets)}: scoring", number / len(targets))
@@ -163,7 +165,7 @@ class Rounds:
             else:
                 scores = self._scores()
                 branches = self._choose_branches(scores) if number == 0 else ()
-                measured = last and self.settings.measures
+                measured = last and self.settings.measures and self.ratios["latency"] < 1
                 choose = self._closed_loop if measured else self._select
                 self._surgery(choose(scores, ratios, branches), scores, ratios)
             if last and judge is not None:
@@ -244,7 +246,8 @@ class Rounds:
         first = result.turns[0]
         error = first.selection.predicted / first.measured - 1
         certificate.measured["predictor"] = {"name": self.selector.latency.name, "error": error}
-        if result.measured >= 1 and not self.state.removed:  # a plan that is no faster is none
+        alone = len(self.ratios) == 1 and not self.settings.bounds.caps
+        if alone and result.measured >= 1 and not self.state.removed:  # a plan that is no faster is none
             certificate.feasible, certificate.binding = False, "nothing that can be removed makes the network faster"
             return Selection(frozenset(), 1.0, False, certificate.binding)
         return result.selection

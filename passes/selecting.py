@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from kfe_fx.cost.bounds import Bounds
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.solver import Demand, Selection, select_budget, select_widths
-from kfe_fx.cost.steps import frozen_groups
+from kfe_fx.cost.steps import matches
 from kfe_fx.errors import PlanError
 from kfe_fx.labels.branches import Branch, NoBranch, examine, find_branches
 from kfe_fx.passes.settings import Settings
@@ -97,7 +98,7 @@ class Selector:
         while True:
             selection = select_budget(
                 self._model, scores, first.cost, first.target, name=first.name if also else "", also=also,
-                multiple_of=block, keep=settings.keep, bounds=settings.bounds, gone=gone, drop=drop,
+                multiple_of=block, keep=self._keep, bounds=self._bounds, gone=gone, drop=drop,
             )  # fmt: skip
             if selection.feasible or block == 1 or settings.multiple_of is not None:
                 return replace(selection, predicted=self.ratio(first.name, selection.removed))
@@ -117,14 +118,34 @@ class Selector:
         settings = self._settings
         if not settings.depth or settings.metric == "widths":
             return {}
-        held = set(frozen_groups(self._analysis, settings.keep))
-        held |= {group for group, (least, _) in settings.bounds.of_groups(self._analysis).items() if least}
-        units = {unit for group in self._analysis.groups if group.id in held for unit in group.units}
-        return {branch.name: branch for branch in find_branches(self._analysis) if branch.units.isdisjoint(units)}
+        globs = [*self._keep, *(bound.glob for bound in self._bounds.floors)]
+        return {
+            name: branch
+            for name, branch in self._known.items()
+            if not any(matches(tensor, glob) for tensor in branch.parameters for glob in globs)
+        }
+
+    @cached_property
+    def _known(self) -> dict[str, Branch]:
+        return {branch.name: branch for branch in find_branches(self._analysis)}
+
+    @cached_property
+    def _keep(self) -> tuple[str, ...]:
+        """The globs of --keep; those whose layers went with a branch no longer match anything."""
+        return tuple(glob for glob in self._settings.keep if self._matters(glob))
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        bounds = self._settings.bounds
+        floors, caps = (tuple(one for one in side if self._matters(one.glob)) for side in (bounds.floors, bounds.caps))
+        return Bounds(floors, caps)
+
+    def _matters(self, glob: str) -> bool:
+        return self._model is self._dense or any(matches(name, glob) for name in self._analysis.params)
 
     def units(self, names: Iterable[str]) -> frozenset[int]:
         """Return the units of branches."""
-        return frozenset[int]().union(*(self.branches[name].units for name in names))
+        return frozenset[int]().union(*(self._known[name].units for name in names))
 
     def fit(self, names: Collection[str]) -> bool:
         """Tell whether branches can go together."""
@@ -141,9 +162,9 @@ class Selector:
             PlanError: it has no such branches, or they cannot go together.
         """
         if names not in self._shallows:
-            unknown = [name for name in names if name not in self.branches]
+            unknown = [name for name in names if name not in self._known]
             if unknown:
                 raise PlanError(f"the plan drops the branch {unknown[0]!r}, which this network does not have")
-            chosen = [self.branches[name] for name in names]
+            chosen = [self._known[name] for name in names]
             self._shallows[names] = Shallow.of(self._analysis, chosen, self._settings.heads)
         return self._shallows[names]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kfe_fx.embedding import units_at
+from kfe_fx.errors import PlanError
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.branches import Branch
 from kfe_fx.passes.drop_branches import DropBranches
@@ -31,7 +32,9 @@ class Shallow:
             PlanError: they cannot go together.
         """
         chosen = list(branches)
-        program = DropBranches(tuple(branch.name for branch in chosen), heads=heads).run(whole.program).program
+        names = tuple(branch.name for branch in chosen)
+        # always: what is measured or trained to stand there has its place in the base as well
+        program = DropBranches(names, heads=heads, always=True).run(whole.program).program
         units = frozenset[int]().union(*(branch.units for branch in chosen))
         return cls(whole, units, program, analyze(program, heads=heads), tuple(chosen))
 
@@ -54,7 +57,10 @@ class Shallow:
         if not self.units:
             return removed
         rest = frozenset(range(len(self.whole.units))) - self.units
-        return self.units | {unit for unit in rest if (left := self.units_of(frozenset([unit]))) and left <= removed}
+        found = self.units | {unit for unit in rest if (left := self.units_of(frozenset([unit]))) and left <= removed}
+        if self.units_of(found) != removed:
+            raise PlanError("the plan cuts units that only came apart with the dropped branches; select anew")
+        return found
 
     def as_whole(self) -> Shallow:
         """Return it as a network of its own, from which nothing was dropped."""

@@ -69,7 +69,7 @@ def _without_branches(program: Program, plan: Plan) -> Program:
         return program.sharing()
     from kfe_fx.passes.drop_branches import DropBranches  # it slices what is left with this module
 
-    return DropBranches(plan.dropped, heads=plan.heads).run(program).program
+    return DropBranches(plan.dropped, heads=plan.heads, always=True).run(program).program
 
 
 def _narrow_states(program: Program) -> None:

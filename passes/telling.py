@@ -17,6 +17,11 @@ from kfe_fx.program import Program
 
 COUNTED = {"macs": "macs", "params": "parameters", "memory": "peak_memory", "widths": "units"}
 _ROUNDING = 1e-9
+PLAN_TOLERANCE = 0.05  # of a measured budget that a given plan is judged by
+
+
+def _counted(metric: str) -> bool:
+    return metric in ("macs", "params", "memory")
 
 
 def counts(model: CostModel, removed: frozenset[int]) -> dict[str, Any]:
@@ -87,10 +92,19 @@ def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, 
             "asked": str(limit),
             "ratio": ratios[limit.metric],
             "reached": reached[limit.metric],
-            **({} if limit.metric == "latency" else {"met": reached[limit.metric] <= ratios[limit.metric] + _ROUNDING}),
+            **({"met": reached[limit.metric] <= ratios[limit.metric] + _ROUNDING} if _counted(limit.metric) else {}),
         }
         for limit in settings.limits
     ]
+    unmet = [limit["metric"] for limit in certificate.limits if not limit.get("met", True)]
+    late = reached.get("latency", 0.0) > ratios.get("latency", 1.0) * (1 + PLAN_TOLERANCE)
+    if settings.plan is not None and late:  # nothing was measured before, and nothing can be corrected
+        unmet.append("latency")
+    if unmet and certificate.feasible:
+        certificate.feasible, certificate.binding = (
+            False,
+            certificate.binding or f"{', '.join(unmet)} is above its limit",
+        )
     certificate.reached = reached[settings.metric]
     if not certificate.feasible:
         certificate.notes.append(f"the budget is out of reach ({certificate.binding}); this is the nearest point")

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kfe_fx.labels.branches import Branch
+from kfe_fx.labels.states import narrow_input
 from kfe_fx.passes.settings import Settings
 from kfe_fx.program import Program, get_tensor
 from kfe_fx.runtime.inputs import draw_inputs
 from kfe_fx.structure import pack
-from kfe_fx.training.batches import Batch, Batches
+from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.losses import resolve_loss
 
 EXAMPLES = 512
@@ -30,7 +31,9 @@ class Trial:
         if sample is None:
             self._batches = [Batch(draw_inputs(dense, DRAWN if dense.batch_axes() else None, settings.seed), None, 1)]
         else:
-            self._batches = list(Batches(dense, sample.first(EXAMPLES), settings.batch_size))
+            self._batches = list(
+                Batches(dense, sample.first(max(EXAMPLES, pinned_batch(dense) or 0)), settings.batch_size)
+            )
         targets = self._batches[0].targets
         self._loss = None if targets is None else resolve_loss(settings.loss, targets)
         self._dense = [] if self._loss is not None else [self._run(dense, batch) for batch in self._batches]
@@ -38,7 +41,7 @@ class Trial:
     @staticmethod
     def _run(program: Program, batch: Batch) -> tuple[Any, ...]:
         with torch.no_grad():
-            return program.module().run_flat(batch.inputs)
+            return program.module().run_flat(_narrowed(program, batch))
 
     def loss(self, candidate: Program) -> float:
         """Return the mean loss of a candidate; lower is better."""
@@ -48,7 +51,7 @@ class Trial:
         """Return by how much the loss grows when a branch gives its mean over each batch instead."""
         whole = self._loss_of(program, lambda batch: self._run(program, batch))
         runner = _Averaged(program, branch)
-        return self._loss_of(program, lambda batch: runner.run(*batch.inputs)) - whole
+        return self._loss_of(program, lambda batch: runner.run(*_narrowed(program, batch))) - whole
 
     def _loss_of(self, candidate: Program, run: Callable[[Batch], tuple[Any, ...]]) -> float:
         total, count = 0.0, 0
@@ -64,6 +67,12 @@ class Trial:
                 total += _distance(found, self._dense[place])
                 count += 1
         return total / max(1, count)
+
+
+def _narrowed(program: Program, batch: Batch) -> list[Any]:
+    # states may have lost units
+    names = program.signature.input_names
+    return [narrow_input(program, name, value) for name, value in zip(names, batch.inputs, strict=True)]
 
 
 class _Averaged(fx.Interpreter):

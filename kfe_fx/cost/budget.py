@@ -100,7 +100,8 @@ def read_limit(given: Any, metric: str, *, named: bool = False) -> Limit:
     if unit not in _UNITS:
         raise _refusal(given)
     speaks, factor = _UNITS[unit]
-    target = speaks or (metric if named else "params")
+    counted = named or metric in ("macs", "params")  # 300M is of what --metric counts, else of parameters
+    target = speaks or (metric if counted else "params")
     if (named and target != _known(metric)) or target in (("latency", "memory", "widths") if speaks is None else ()):
         raise UsageError(f"{metric}={given}: {found[2]} is no unit of {metric}; write as in {_EXAMPLES}")
     if not (math.isfinite(value * factor) and value > 0):

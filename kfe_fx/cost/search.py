@@ -63,7 +63,7 @@ class Search:
             self._hand_back()
             if self.state.predicted() > self.limit or self.loss >= first_loss:
                 self.go_to(first)
-        if self.state.neighbours(0) is not None:
+        if self.state.tracks and self.state.neighbours(0) is not None:
             self._relax()
             self._exchange()
         return True

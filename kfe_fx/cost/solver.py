@@ -124,6 +124,10 @@ def select_budget(
     unmet = [] if feasible else [(one, part, most) for one, part, most in made if part.predicted() > most]
     reasons = [_binding(model, ranked, one, options, most, part) for one, part, most in unmet]
     removed = _removed(state).union(gone, drop)
+    uncut = _above_caps(model.analysis, options, removed)
+    if uncut:
+        feasible = False
+        reasons.append(f"--cap {uncut[0]} in steps of {multiple_of}")
     predicted = priced.predict(removed) / dense if dense > 0 else 1.0
     return Selection(removed, predicted, feasible, "; ".join(reasons), search.loss + dropped)
 
@@ -145,6 +149,13 @@ def _exactly(search: Search, made: Sequence[tuple[Demand, State, float]], most: 
         return True
     search.go_to(first)  # met within the tolerance of the integer program only
     return False
+
+
+def _above_caps(analysis: Analysis, options: Options, removed: frozenset[int]) -> list[str]:
+    """List the groups that keep more than their cap."""
+    bounds = options.bounds.of_groups(analysis)
+    kept = {group.id: len(set(group.units) - removed) for group in analysis.groups}
+    return [analysis.groups[id_].name for id_, (_, most) in bounds.items() if most is not None and kept[id_] > most]
 
 
 def _matters(demand: Demand) -> bool:

@@ -53,12 +53,12 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) ->
 def test_points_then_the_one_that_is_picked(made: Path, capsys: pytest.CaptureFixture[str]):
     data = ("--data", made / "data.npz")
     told = answer(capsys, "pareto", made / "model.pt", "--budgets", "0.7,0.4", "--metric", "macs", *data)
-    assert [point["budget"] for point in told["points"]] == [0.7, 0.4]
+    assert [point["asked"] for point in told["points"]] == ["macs=0.7", "macs=0.4"]
     assert sorted(path.name for path in Path().iterdir()) == ["model.pareto.json", "model.pareto.svg"]
     plan = ("--plan", "model.pareto.json")
     built = answer(capsys, "prune", made / "model.pt", *plan, "--budget", "0.4", "--metric", "macs", *data)
     assert built["after"]["macs"] == told["points"][1]["after"]["macs"]
-    assert "no point with the budget 0.5" in refused(
+    assert "no point with the budget macs=0.5" in refused(
         capsys, "prune", made / "model.pt", *plan, "--budget", "0.5", "--force"
     )
     assert "--force" in refused(capsys, "pareto", made / "model.pt", "--metric", "macs")

@@ -18,6 +18,7 @@ from kfe_fx.cost.probes import fingerprint
 from kfe_fx.cost.profile import Profile
 from kfe_fx.errors import BadFile, PlanError, UsageError
 from kfe_fx.passes.pareto import pareto
+from kfe_fx.passes.rounds import Rounds
 from kfe_fx.plan import read_plan
 
 X = torch.randn(2, 3, 12, 12)
@@ -123,6 +124,63 @@ def test_a_branch_that_says_nothing_goes_as_a_whole(tmp_path: Path) -> None:
         kfe_fx.apply(plan, net, X)
 
 
+class PreActivation(nn.Module):
+    """Nothing is left of this branch when its units are masked: no bias, no norm behind the last layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.one = nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.two = nn.Conv2d(2 * width, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(torch.relu(self.norm(x)))))
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_branches_that_leave_zero_get_their_mean(targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two",))
+    torch.manual_seed(0)
+    body = [PreActivation(16) for _ in range(3)]
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    x, y = torch.randn(96, 3, 12, 12), torch.randint(0, 4, (96,))
+    options: dict[str, Any] = {"epochs": 1, "rounds": 2, "batch_size": 16, "cap": ("0=8",)}
+    result = prune(net, X, budget="macs=0.3", criterion="magnitude", data=(x, y) if targets else x, **options)
+    assert result.plan.dropped == ("2.two",)
+    constant = result.module().state_dict()["2.constant"]
+    assert constant.shape[0] <= 8  # the stream lost channels as well
+    assert constant.abs().max() > 0
+    assert len(result.certificate.rounds) == 2
+    assert result.certificate.masked_error <= 1e-4
+
+
+def test_globs_of_what_went_hold_no_later_round_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = useless(), (torch.randn(96, 3, 12, 12), torch.randint(0, 4, (96,)))
+    options: dict[str, Any] = {"criterion": "magnitude", "data": data, "epochs": 1, "rounds": 2, "batch_size": 16}
+    kept = prune(net, X, budget="macs=0.4", keep=("2.norm",), **options)
+    assert "2.two" not in kept.plan.dropped
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two",))
+    result = prune(net, X, budget="macs=0.4", cap=("2.one=24",), **options)
+    assert result.plan.dropped == ("2.two",)
+
+
+def test_a_limit_that_is_not_met_is_not_feasible() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 3, 3)).eval()
+    x = torch.randn(2, 3, 24, 24)
+    result = prune(net, x, budget={"latency": 0.9, "macs": 1e-3}, criterion="magnitude", multiple_of=16)
+    assert not result.certificate.feasible
+    plan = prune(net, x, budget="macs=0.7", criterion="magnitude").plan
+    assert not prune(net, x, budget="macs=0.3", plan=plan).certificate.feasible
+    capped = prune(net, x, budget={"macs": 1.0}, criterion="magnitude", cap=("0=12",), multiple_of=16)
+    assert not capped.certificate.feasible
+    assert "--cap" in capped.certificate.binding
+
+
+def test_a_cap_on_what_cannot_be_cut_in_steps() -> None:
+    result = cut("1G", cap=("1.one=40",), multiple_of=64)
+    assert not result.plan.kept
+
+
 def test_depth_can_be_switched_off() -> None:
     data = torch.randn(64, 3, 12, 12)
     result = prune(useless(), X, budget="macs=0.65", criterion="magnitude", data=data, depth=False)
@@ -196,23 +254,23 @@ def test_int8_says_what_was_measured() -> None:
 def test_points_of_one_scoring_and_the_one_that_is_built(tmp_path: Path) -> None:
     data = torch.randn(64, 3, 12, 12), torch.randint(0, 4, (64,))
     front = pareto(made(), X, budgets=("macs=0.5", "macs=0.8", "macs=0.3"), criterion="taylor", data=data)
-    assert [point.budget for point in front.points] == [0.8, 0.5, 0.3]
+    assert [str(point.budget) for point in front.points] == ["macs=0.8", "macs=0.5", "macs=0.3"]
     macs = [point.certificate.after["macs"] for point in front.points]
     assert macs == sorted(macs, reverse=True)
-    assert all(point.certificate.reached <= point.budget + 1e-9 for point in front.points)
+    assert all(point.certificate.reached <= point.budget.value + 1e-9 for point in front.points)
     assert len(front.rows()) == 3
     front.write(tmp_path / "net.pareto.json")
     front.plot(tmp_path / "net.svg")
     assert (tmp_path / "net.svg").read_text().startswith("<?xml")
     with pytest.raises(BadFile, match="--force"):
         front.write(tmp_path / "net.pareto.json")
-    plan = read_plan(tmp_path / "net.pareto.json", 0.5)
+    plan = read_plan(tmp_path / "net.pareto.json", "macs=0.5")
     built = prune(made(), X, budget="macs=0.5", plan=plan, data=data, epochs=1, batch_size=16)
     assert built.plan.kept == front.points[1].plan.kept
     assert built.plan.dropped == front.points[1].plan.dropped
     assert built.certificate.after == front.points[1].certificate.after
-    with pytest.raises(PlanError, match=r"no point with the budget 0\.9; it has 0\.8, 0\.5, 0\.3"):
-        read_plan(tmp_path / "net.pareto.json", 0.9)
+    with pytest.raises(PlanError, match=r"no point with the budget macs=0\.9; it has macs=0\.8, macs=0\.5, "):
+        read_plan(tmp_path / "net.pareto.json", "macs=0.9")
 
 
 def test_pareto_takes_one_metric() -> None:
@@ -223,12 +281,15 @@ def test_pareto_takes_one_metric() -> None:
         pareto(made(), X, budgets=(0.5,), budgit=3)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", json.dumps({"plan": 3}), json.dumps({"points": 3, "plan": {}})])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "{", json.dumps({"plan": 3}), json.dumps({"points": 3, "plan": {}}), json.dumps({"points": [None, 3]})],
+)
 def test_files_that_hold_no_plan(text: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
     with pytest.raises((BadFile, PlanError)) as caught:
-        read_plan(path, 0.5)
+        read_plan(path, "latency=0.5")
     assert "\n" not in str(caught.value)
     with pytest.raises(BadFile):
         read_plan(tmp_path / "nothing.json")
