@@ -315,6 +315,9 @@ class Rounds:
             if not self.selector.fit((*path, name)):
                 continue
             path = (*path, name)
+            left = self.selector.ratio(self.settings.metric, self.selector.units(path))
+            if left < self.ratios[self.settings.metric] * (1 - TOLERANCE) and not found[best][0]:
+                break  # these branches alone save more than was asked for
             found[path] = judge(path)
             better = found[path] < found[best]
             best, in_vain = (path, 0) if better else (best, in_vain + 1)

@@ -59,7 +59,7 @@ def test_points_then_the_one_that_is_picked(made: Path, capsys: pytest.CaptureFi
     built = answer(capsys, "prune", made / "model.pt", *plan, "--budget", "0.4", "--metric", "macs", *data)
     assert built["after"]["macs"] == told["points"][1]["after"]["macs"]
     assert "no point with the budget macs=0.5" in refused(
-        capsys, "prune", made / "model.pt", *plan, "--budget", "0.5", "--force"
+        capsys, "prune", made / "model.pt", *plan, "--budget", "macs=0.5", "--force"
     )
     assert "--force" in refused(capsys, "pareto", made / "model.pt", "--metric", "macs")
 

@@ -103,7 +103,7 @@ def useless() -> nn.Module:
 
 def test_a_branch_that_says_nothing_goes_as_a_whole(tmp_path: Path) -> None:
     net = useless()
-    result = prune(net, X, budget="macs=0.65", criterion="magnitude", data=torch.randn(64, 3, 12, 12), rounds=1)
+    result = prune(net, X, budget="macs=0.37", criterion="magnitude", data=torch.randn(64, 3, 12, 12), rounds=1)
     assert result.plan.dropped[0] == "2.two"
     small = result.module().state_dict()
     assert not [name for name in small if name.startswith(("2.one", "2.two", "2.norm"))]
