@@ -56,6 +56,11 @@ class ScoreContext:
         targets = None if batches is None else batches.targets()
         return cls(program, analysis, batches, resolve_loss(loss, targets), seed)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return what single weights are removed from: every floating-point parameter of at least two dims, by name."""
+        named = self.program.module().named_parameters()
+        return {name: value for name, value in named if value.is_floating_point() and value.dim() > 1}
+
     def gradients(self) -> Iterator[torch.Tensor]:
         """Yield the gradient of each example's loss by each unit's gate, [N, units], batch by batch (a fresh pass).
 
@@ -78,6 +83,14 @@ class Criterion(ABC):
     @abstractmethod
     def score(self, context: ScoreContext) -> np.ndarray:
         """Return one score per unit of ``context.analysis``, float64 [units]."""
+
+    def weights(self, context: ScoreContext) -> dict[str, torch.Tensor]:
+        """Return one score per entry of every weight of ``context.weights()``, for unstructured pruning.
+
+        Raises:
+            UsageError: the criterion means nothing for single weights.
+        """
+        raise UsageError(f"the criterion {self.name!r} scores units only, not single weights; choose another")
 
 
 _REGISTRY: dict[str, Callable[[], Criterion]] = {}
