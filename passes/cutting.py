@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from kfe_fx.labels.branches import find_branches
 from kfe_fx.passes.drop_branches import DropBranches, measure_branch_means
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
 from kfe_fx.passes.proof import check_masked
+from kfe_fx.passes.reconstruct import Reconstruct
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
@@ -23,6 +26,7 @@ from kfe_fx.program import Program
 from kfe_fx.training.prune_data import PruneData
 
 STATISTICS_EXAMPLES = 2048
+RECONSTRUCTION, QUICK = 1024, 256  # examples that layers are fitted to, for good and in a trial
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class Cut:
 class Cutter:
     """Cuts networks of one run."""
 
-    def __init__(self, settings: Settings, data: PruneData) -> None:
-        """Take the data that repair is measured on."""
-        self._settings, self._data = settings, data
+    def __init__(self, settings: Settings, data: PruneData, loss: Callable[[Program], float]) -> None:
+        """Take the data that repair is measured on, and the loss on it that says which repair is best."""
+        self._settings, self._data, self._loss = settings, data, loss
 
     def drop(self, state: State, shallow: Shallow, names: tuple[str, ...], *, prove: bool = True) -> Cut:
         """Drop branches: their means over the data take their place. ``shallow`` is the base without them.
@@ -82,9 +86,23 @@ class Cutter:
         return Cut(State(small, shallow, removed, plan), Plan(), error, {"dropped": list(names)})
 
     def remove(
-        self, state: State, removed: frozenset[int], scores: np.ndarray | None = None, *, prove: bool = True
+        self,
+        state: State,
+        removed: frozenset[int],
+        scores: np.ndarray | None = None,
+        *,
+        before: Program | None = None,
+        prove: bool = True,
     ) -> Cut:
-        """Remove units (those that are gone already among them), then fold means and re-estimate statistics.
+        """Remove units (those that are gone already among them), then mend what is left.
+
+        Args:
+            state: where the run stands.
+            removed: units of its base.
+            scores: of those units, for the plan.
+            before: what the rest is to compute again, where that is not the network of ``state``: the same one with
+                the branches that were dropped since.
+            prove: whether to compare with the masked original; without, repair looks at fewer examples too.
 
         Raises:
             VerificationFailed: what is left is not the masked original.
@@ -98,19 +116,31 @@ class Cutter:
         step = Plan(relative(state.plan.kept, plan.kept), heads=heads)
         if removed == state.removed and not plan.dropped:  # nothing went: nothing is to be repaired
             return Cut(state, step, error, {})
-        small, facts = self._repair(state.small, small, step)
+        small, facts = self._repair(state.small, small, step, before or state.small, quick=not prove)
         return Cut(State(small, state.shallow, removed, plan), step, error, facts)
 
-    def _repair(self, before: Program, small: Program, step: Plan) -> tuple[Program, dict[str, Any]]:
-        sample, size = self._data.calibration, self._settings.batch_size
-        if sample is None:
+    def _repair(
+        self, present: Program, small: Program, step: Plan, before: Program, *, quick: bool
+    ) -> tuple[Program, dict[str, Any]]:
+        """Fold means, fit every layer to what ``before`` computed there, and re-estimate statistics if that helps."""
+        sample, size, how = self._data.calibration, self._settings.batch_size, self._settings.repair
+        if sample is None or how == "none":
             return small, {}
         try:
-            analysis = analyze(before, heads=self._settings.heads)
+            analysis = analyze(present, heads=self._settings.heads)
             result = FoldMeans(analysis, step, measure_means(analysis, sample, batch_size=size)).run(small)
             small = result.program
             facts = {"folded": result.facts["folded"], "not_folded": result.facts["skipped_at"]}
         except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
             facts = {"folded": 0, "not_folded": ["this round"]}
         source = self._data.training if self._data.training is not None else sample
-        return ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(small).program, facts
+        limit = QUICK if quick else RECONSTRUCTION
+        fitted = small
+        if how == "auto" and len(sample) > 1:
+            found = Reconstruct(before, step, sample, batch_size=size, limit=limit, seed=self._settings.seed).run(small)
+            fitted, layers = found.program, found.facts["layers"]
+            facts["repaired"] = dict(Counter(layer["method"] for layer in layers.values()))
+        fresh = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(fitted).program
+        if fitted is small or fresh is fitted:
+            return fresh, facts
+        return min((fitted, fresh), key=self._loss), facts

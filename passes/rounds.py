@@ -39,7 +39,7 @@ from kfe_fx.training.prune_data import PruneData
 
 ROUNDS = 4  # with fine-tuning in between; without it one round loses nothing
 BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
-TOLERANCE = 0.05  # of a measured budget
+TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
 PATIENCE = 2  # branches that may be tried in vain
 
 
@@ -79,7 +79,7 @@ class Rounds:
         self.certificate = Certificate(1.0, settings.metric, str(settings.criterion), settings.seed)
         analysis = analyze(self.original, heads=settings.heads)
         whole = Shallow(analysis, frozenset(), self.original, analysis)
-        self.cutter = Cutter(settings, data)
+        self.cutter = Cutter(settings, data, lambda candidate: self.trial.loss(candidate))
         self.dense = CostModel(self.original, analysis)
         self._go_to(State(self.original.copy().eval(), whole, frozenset(), Plan(heads=settings.heads)))
         self.optimizer: torch.optim.Optimizer | None = None
@@ -128,6 +128,11 @@ class Rounds:
     def device(self) -> Device:
         """The device that is pruned for: the one that was given, else this one."""
         return self.settings.target or this_device(self.settings.threads)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """What judges candidates by their loss on a few examples."""
+        return Trial(self.original, self.data.calibration, self.settings)
 
     @cached_property
     def selector(self) -> Selector:
@@ -220,7 +225,9 @@ class Rounds:
         """
         shallow = self.selector.shallow(plan.dropped)
         removed = shallow.whole_units(plan.units(shallow.analysis))
-        return Selection(removed, self.selector.ratio(self.settings.metric, removed), True, dropped=plan.dropped)
+        return Selection(
+            removed, self.selector.ratio(self.settings.metric, removed, plan.dropped), True, dropped=plan.dropped
+        )
 
     def _closed_loop(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         """Measure what is selected and correct what is asked of the predictor."""
@@ -235,7 +242,15 @@ class Rounds:
             candidate = Shrink(plan).run(shallow.program).program
             return self.stopwatch.ratio(candidate, shallow.program, (*self.state.plan.dropped, *selection.dropped))
 
-        result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=TOLERANCE)
+        tolerance = min(TOLERANCE, NEAR / ratios["latency"])
+        result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=tolerance)
+        alone = len(self.ratios) == 1 and not self.settings.bounds.caps
+        if (
+            alone and drop and result.measured < ratios["latency"] * (1 - tolerance)
+        ):  # they save more than was asked for
+            fewer = self._closed_loop(scores, ratios, drop[:-1])
+            if self.certificate.feasible:
+                return fewer
         certificate = self.certificate
         certificate.feasible = result.feasible
         certificate.binding = "" if result.within else result.reason.removeprefix("the budget is out of reach: ")
@@ -246,7 +261,6 @@ class Rounds:
         first = result.turns[0]
         error = first.selection.predicted / first.measured - 1
         certificate.measured["predictor"] = {"name": self.selector.latency.name, "error": error}
-        alone = len(self.ratios) == 1 and not self.settings.bounds.caps
         if alone and result.measured >= 1 and not self.state.removed:  # a plan that is no faster is none
             certificate.feasible, certificate.binding = False, "nothing that can be removed makes the network faster"
             return Selection(frozenset(), 1.0, False, certificate.binding)
@@ -285,7 +299,7 @@ class Rounds:
             shallow = self.selector.shallow(selection.dropped)
             dropped = self.cutter.drop(state, shallow, selection.dropped, prove=prove)
             state, removed, error, scores = dropped.state, shallow.units_of(removed), dropped.error, None
-        cut = self.cutter.remove(state, removed, scores, prove=prove)
+        cut = self.cutter.remove(state, removed, scores, before=self.state.small, prove=prove)
         return cut, max(error, cut.error)
 
     def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:
@@ -296,7 +310,7 @@ class Rounds:
         """
         if not self.selector.branches:
             return ()
-        trial = Trial(self.original, self.data.calibration, self.settings)
+        trial = self.trial
 
         def judge(names: tuple[str, ...]) -> tuple[bool, float]:
             selection = self._select(scores, self.ratios, names)
@@ -315,7 +329,7 @@ class Rounds:
             if not self.selector.fit((*path, name)):
                 continue
             path = (*path, name)
-            left = self.selector.ratio(self.settings.metric, self.selector.units(path))
+            left = self.selector.ratio(self.settings.metric, self.selector.units(path), path)
             if left < self.ratios[self.settings.metric] * (1 - TOLERANCE) and not found[best][0]:
                 break  # these branches alone save more than was asked for
             found[path] = judge(path)

@@ -20,6 +20,7 @@ from kfe_fx.labels.branches import Branch, NoBranch, examine, find_branches
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
 
+_COSTS = {"macs": "mac_cost", "params": "parameter_cost", "memory": "memory_cost"}
 Ratios = dict[str, float]  # metric -> what may remain of it, relative to the network before anything went
 
 
@@ -38,6 +39,7 @@ class Selector:
         self._analysis, self._model, self._dense = shallow.analysis, model, dense
         self._settings, self._device = settings, device
         self._shallows: dict[tuple[str, ...], Shallow] = {(): shallow.as_whole()}
+        self._asides: dict[tuple[str, tuple[str, ...]], float] = {}
 
     # costs -----------------------------------------------------------------------------------------------------------
 
@@ -54,18 +56,31 @@ class Selector:
         """Return the predicted milliseconds of the base or of the dense network without some of its units."""
         return (self._dense_latency if model is self._dense else self.latency).predict(removed) / 1e6
 
-    def ratio(self, metric: str, removed: Collection[int]) -> float:
-        """Return the predicted cost of the base without some of its units, relative to dense."""
+    def ratio(self, metric: str, removed: Collection[int], drop: tuple[str, ...] = ()) -> float:
+        """Return the predicted cost of the base without some units and the branches ``drop``, relative to dense."""
         if metric == "widths":
             return 1 - len(removed) / max(1, len(self._analysis.units))
         cost, dense = self._costs(metric)
-        return cost.predict(removed) / max(1.0, dense.predict(()))
+        return (cost.predict(removed) - self._aside(metric, drop)) / max(1.0, dense.predict(()))
+
+    def _aside(self, metric: str, drop: tuple[str, ...]) -> float:
+        """Return what branches cost beside their units: norms, depthwise convolutions on the stream, activations.
+
+        The cost model of the base knows their units alone, so it is asked of the network without them.
+        """
+        if not drop:
+            return 0.0
+        if (metric, drop) not in self._asides:
+            shallow = self.shallow(drop)
+            rest = CostModel(shallow.program, shallow.analysis)
+            cost = RooflineLatency(rest, self._device()) if metric == "latency" else getattr(rest, _COSTS[metric])
+            self._asides[metric, drop] = self._costs(metric)[0].predict(self.units(drop)) - cost.predict(())
+        return self._asides[metric, drop]
 
     def _costs(self, metric: str) -> tuple[Any, Any]:
         if metric == "latency":
             return self.latency, self._dense_latency
-        name = {"macs": "mac_cost", "params": "parameter_cost", "memory": "memory_cost"}[metric]
-        return getattr(self._model, name), getattr(self._dense, name)
+        return getattr(self._model, _COSTS[metric]), getattr(self._dense, _COSTS[metric])
 
     # selections ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +91,7 @@ class Selector:
         if "widths" in ratios:
             selection = select_widths(self._analysis, scores, ratios["widths"])
             return replace(selection, removed=selection.removed | gone)
-        return replace(self._solve(scores, ratios, gone, self.units(drop)), dropped=drop)
+        return replace(self._solve(scores, ratios, gone, drop), dropped=drop)
 
     def by_price(self, harm: dict[str, float], ratios: Ratios) -> list[str]:
         """List the branches by harm per cost saved, the cheapest first; those that save nothing are left out."""
@@ -86,22 +101,23 @@ class Selector:
         price = {name: harm[name] / gain for name, gain in saved.items() if gain > 0}
         return sorted(price, key=lambda name: (price[name], name))
 
-    def _solve(self, scores: np.ndarray, ratios: Ratios, gone: frozenset[int], drop: frozenset[int]) -> Selection:
+    def _solve(self, scores: np.ndarray, ratios: Ratios, gone: frozenset[int], drop: tuple[str, ...]) -> Selection:
         """Select in steps that the device likes; in less where layers are too narrow, and nobody asked for the step."""
         settings, block = self._settings, self.step(ratios)
         demands: list[Demand] = []
         for metric, ratio in ratios.items():
             cost, dense = self._costs(metric)
-            present = cost.predict(())
-            demands.append(Demand(metric, cost, min(1.0, ratio * dense.predict(()) / present) if present else 1.0))
+            present, aside = cost.predict(()), self._aside(metric, drop)
+            target = (ratio * dense.predict(()) + aside) / present if present else 1.0
+            demands.append(Demand(metric, cost, min(1.0, target)))
         first, *also = demands
         while True:
             selection = select_budget(
                 self._model, scores, first.cost, first.target, name=first.name if also else "", also=also,
-                multiple_of=block, keep=self._keep, bounds=self._bounds, gone=gone, drop=drop,
+                multiple_of=block, keep=self._keep, bounds=self._bounds, gone=gone, drop=self.units(drop),
             )  # fmt: skip
             if selection.feasible or block == 1 or settings.multiple_of is not None:
-                return replace(selection, predicted=self.ratio(first.name, selection.removed))
+                return replace(selection, predicted=self.ratio(first.name, selection.removed, drop))
             block //= 2
 
     def step(self, ratios: Ratios) -> int:

@@ -39,6 +39,7 @@ class Settings:
     precision: str = "fp32"
     target: Device | None = None
     plan: Plan | None = None
+    repair: str = "auto"
 
     @property
     def metric(self) -> str:
