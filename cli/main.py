@@ -18,6 +18,7 @@ from kfe_fx.errors import KfeError
 
 COMMANDS = {
     "prune": "make a trained network smaller until it meets a budget",
+    "sparsify": "set single weights to zero (saves no time by itself)",
     "pareto": "show what a network becomes at several budgets",
     "inspect": "show layers, units, what is frozen and why",
     "export": "write a network as ONNX and prove it equal",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kfe_fx.passes.pareto import pareto as pareto
     from kfe_fx.passes.prune import PruneResult as PruneResult
     from kfe_fx.passes.prune import prune as prune
+    from kfe_fx.passes.sparsify import sparsify as sparsify
     from kfe_fx.plan import Plan as Plan
     from kfe_fx.program import Program as Program
     from kfe_fx.runtime.artifacts import verify as verify
@@ -67,6 +68,7 @@ _LAZY = {
     "load": "kfe_fx.frontend.load:load_program",
     "prune": "kfe_fx.passes.prune:prune",
     "save": "kfe_fx.format:save",
+    "sparsify": "kfe_fx.passes.sparsify:sparsify",
     "train": "kfe_fx.training.train:train",
     "verify": "kfe_fx.runtime.artifacts:verify",
 }
@@ -96,6 +98,7 @@ __all__ = [
     "pareto",
     "prune",
     "save",
+    "sparsify",
     "train",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Gradients of each example's loss by each unit's gate: the one measurement behind Taylor and Fisher scores."""
+"""Gradients and curvatures of each example's loss along each unit's gate: what Taylor, Fisher and loss models see."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from kfe_fx.criteria import synthetic
+from kfe_fx.curvature.fit import EXACT_OUTPUTS
 from kfe_fx.errors import BadData
 from kfe_fx.gates import GatedModule, gated
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, settle
+from kfe_fx.training.losses import Loss, cut, settle
 
 DATA_FREE_EXAMPLES = 256
 
@@ -42,52 +43,153 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
     Raises:
         BadData: a loss without targets to take it on, or gradients that are not finite.
     """
-    module = gated(source.program, source.analysis)
-    batches: Any = source.batches
-    if batches is None:
-        batches = synthetic.draw(source.program, DATA_FREE_EXAMPLES, source.seed, source.facts)
-    sampler = Likelihood(source.loss, source.seed)
-    loss = source.loss
-    pinned = pinned_batch(source.program)
-    split = not module.per_example and pinned is None
-    source.facts.update(inputs="drawn" if source.batches is None else "data", per_example="loop" if split else "batch")
-    examples = 0
-    for whole in batches:
-        pieces = [whole.rows(i, i + 1) for i in range(whole.count)] if split else [whole]
-        for batch in pieces:
-            empirical = batch.targets is not None
-            source.facts["labels"] = "data" if empirical else f"sampled ({sampler.family})"
-            if empirical and loss is None:
-                raise BadData("there are targets but no loss to take on them; name a --loss")
-            rows, loss = _gradients(module, batch, loss, sampler)
-            examples += batch.count
-            yield rows
-    source.facts["examples"] = examples
-    if not examples:
-        raise BadData("the data yields no batches to score with; give at least one example")
+    pass_ = _Pass(source)
+    for batch in pass_.batches():
+        yield pass_.gradients(batch)
 
 
-def _gradients(module: GatedModule, batch: Batch, loss: Loss | None, sampler: Likelihood) -> tuple[Tensor, Loss | None]:
-    rows = batch.count if module.per_example else 1
-    first = next((v.dtype for v in batch.inputs if isinstance(v, Tensor) and v.is_floating_point()), None)
-    gates = module.ones(rows, first or _parameter_type(module))
-    with torch.enable_grad():
-        outputs = module.run(batch.inputs, gates)
-        if batch.targets is not None and loss is not None:
-            loss = settle(loss, outputs, batch.targets, batch.count)
-            total = loss.total(outputs, batch.targets, batch.count)
-        else:
-            total = sampler.total(outputs, batch)
-    found = torch.autograd.grad(total, gates, allow_unused=True) if total.requires_grad else (None,) * len(gates)
-    result = torch.zeros(rows, sum(map(len, module.units)), dtype=torch.float64)
-    for units, grad in zip(module.units, found, strict=True):
-        if grad is not None:
-            result[:, list(units)] = grad.double()
-    if not bool(torch.isfinite(result).all()):
+def gate_curvatures(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield d loss_n / d gate[n, u] and the curvature of loss_n along each gate, [N, units] both, batch by batch.
+
+    The curvature is the diagonal of the generalised Gauss-Newton matrix of each example, at the gates:
+
+        h[n, u] = sum_c (d outputs_n / d gate[n, u] . S_c)^2    with sum_c S_c S_c^T = d^2 loss_n / d outputs_n^2
+
+    one backward pass per column c (``Likelihood.columns``), the members of a unit summed before the square. ``facts``
+    says under "curvature" whether it is exact, sampled or empirical; see ``curvature_kind``.
+
+    Raises:
+        BadData: a loss without targets to take it on, or derivatives that are not finite.
+    """
+    pass_ = _Pass(source)
+    for batch in pass_.batches():
+        yield pass_.curvatures(batch)
+
+
+def curvature_kind(outputs: Any, batch: Batch, likelihood: Likelihood) -> str:
+    """Say how the second derivative of the loss is taken, as ``kfe_fx.curvature.fit`` does for the source "auto".
+
+    "exact" for up to 20 outputs of an example, "sampled" (one drawn label) for more; "empirical" (the labels of the
+    data) for a loss of the user's own, of which no distribution of labels is known.
+
+    Raises:
+        BadData: such a loss, and no targets.
+    """
+    try:
+        values = likelihood.values(outputs)
+    except BadData:
+        if batch.targets is None:
+            raise
+        return "empirical"
+    return "exact" if values.numel() / max(1, batch.count) <= EXACT_OUTPUTS else "sampled"
+
+
+def curvature_columns(
+    kind: str, outputs: Any, batch: Batch, loss: Loss | None, likelihood: Likelihood
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (values, what to pass back from them): the squares of what comes back sum to each example's curvature."""
+    if kind == "exact":
+        yield from likelihood.columns(outputs, batch)
+    elif kind == "sampled":
+        yield likelihood.total(outputs, batch), None
+    elif loss is not None:
+        yield loss.total(outputs, batch.targets, batch.count), None
+
+
+class _Pass:
+    """One pass over the data with gates on."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.facts, self.loss = source, source.facts, source.loss
+        self.module = gated(source.program, source.analysis)
+        self.likelihood = Likelihood(source.loss, source.seed)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches, or the examples one at a time where nothing tells them apart."""
+        source = self.source
+        batches: Any = source.batches
+        if batches is None:
+            batches = synthetic.draw(source.program, DATA_FREE_EXAMPLES, source.seed, self.facts)
+        split = not self.module.per_example and pinned_batch(source.program) is None
+        self.facts.update(
+            inputs="drawn" if source.batches is None else "data", per_example="loop" if split else "batch"
+        )
+        examples = 0
+        for whole in batches:
+            pieces = [whole.rows(i, i + 1) for i in range(whole.count)] if split else [whole]
+            for batch in pieces:
+                empirical = batch.targets is not None
+                if empirical and self.loss is None:
+                    raise BadData("there are targets but no loss to take on them; name a --loss")
+                examples += batch.count
+                yield batch
+                self.facts["labels"] = "data" if empirical else f"sampled ({self.likelihood.family})"
+        self.facts["examples"] = examples
+        if not examples:
+            raise BadData("the data yields no batches to score with; give at least one example")
+
+    def gradients(self, batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            gates, outputs = self._forward(batch)
+            total = self._total(outputs, batch)
+        rows = self._back(total, None, gates, last=True)
+        return _finite(rows, total)
+
+    def curvatures(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        first, second = [], []
+        with torch.enable_grad():
+            gates, outputs = self._forward(batch)
+            for part, piece in self._apart(outputs, batch):
+                total = self._total(part, piece)
+                rows = self._back(total, None, gates)
+                kind = curvature_kind(part, piece, self.likelihood)
+                squares = torch.zeros_like(rows)
+                for values, column in curvature_columns(kind, part, piece, self.loss, self.likelihood):
+                    squares += self._back(values, column, gates).square()
+                first.append(_finite(rows, total))
+                second.append(_finite(squares, total))
+                told = "labels of the data" if kind == "empirical" else self.likelihood.family
+                self.facts["curvature"] = f"{kind} ({told})"
+        return torch.cat(first), torch.cat(second)
+
+    def _forward(self, batch: Batch) -> tuple[list[Tensor], Any]:
+        rows = batch.count if self.module.per_example else 1
+        first = next((v.dtype for v in batch.inputs if isinstance(v, Tensor) and v.is_floating_point()), None)
+        gates = self.module.ones(rows, first or _parameter_type(self.module))
+        return gates, self.module.run(batch.inputs, gates)
+
+    def _apart(self, outputs: Any, batch: Batch) -> list[tuple[Any, Batch]]:
+        """Take the examples of a pinned batch apart behind the network where its gates cannot: squares do not add."""
+        count = batch.count
+        if self.module.per_example or count == 1:
+            return [(outputs, batch)]
+        return [(cut(outputs, count, i, i + 1), batch.rows(i, i + 1)) for i in range(count)]
+
+    def _total(self, outputs: Any, batch: Batch) -> Tensor:
+        if batch.targets is None or self.loss is None:
+            return self.likelihood.total(outputs, batch)
+        self.loss = settle(self.loss, outputs, batch.targets, batch.count)
+        return self.loss.total(outputs, batch.targets, batch.count)
+
+    def _back(self, values: Tensor, column: Tensor | None, gates: list[Tensor], *, last: bool = False) -> Tensor:
+        """Return the gradient of the sum of ``values`` (times ``column``) by every gate, [rows, units]."""
+        found: Any = (None,) * len(gates)
+        if values.requires_grad:
+            found = torch.autograd.grad([values], gates, [column], retain_graph=not last, allow_unused=True)
+        units = self.module.units
+        result = torch.zeros(len(gates[0]) if gates else 1, sum(map(len, units)), dtype=torch.float64)
+        for place, grad in zip(units, found, strict=True):
+            if grad is not None:
+                result[:, list(place)] = grad.double()
+        return result
+
+
+def _finite(rows: Tensor, total: Tensor) -> Tensor:
+    if not bool(torch.isfinite(rows).all()):
         raise BadData(
             f"the loss of a batch is {float(total.detach()):g} and its gradients are not finite; check the data"
         )
-    return result, loss
+    return rows
 
 
 def _parameter_type(module: GatedModule) -> torch.dtype:

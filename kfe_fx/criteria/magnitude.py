@@ -55,6 +55,13 @@ class Magnitude(Criterion):
                     table.add(layer, energy.numpy())
         return np.where(matrices.count > 0, matrices.mean(), vectors.mean())
 
+    def weights(self, context: ScoreContext) -> dict[str, Tensor]:
+        """Return theta_k^2 of each single weight (MP of Laurent et al. 2020, section 2), float64.
+
+        It is the plain square, as in the paper: no scale of a batch norm behind the weight enters.
+        """
+        return {name: weight.detach().double().square() for name, weight in context.weights().items()}
+
 
 class _Sum:
     """Sum of norms and number of slices of each unit."""
