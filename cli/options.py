@@ -51,9 +51,12 @@ class Budget(click.ParamType):
 
 
 class Number(click.ParamType):
-    """A finite number above zero."""
+    """A finite number above zero, or zero as well."""
 
     name = "number"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self.zero = zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read the number, or say what is wrong with it."""
@@ -61,8 +64,8 @@ class Number(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not 0.0 < number < math.inf:
-            self.fail(f"{value!r} is not a number above zero", param, ctx)
+        if not (0.0 < number < math.inf or (self.zero and number == 0.0)):
+            self.fail(f"{value!r} is not a number {'of at least' if self.zero else 'above'} zero", param, ctx)
         return number
 
 
@@ -154,6 +157,11 @@ bounds = stack(
     click.option("--cap", multiple=True, metavar="GLOB=N", help="Keep at most N units, or that fraction. Repeatable."),
 )
 
+CRITERIA = (
+    "bn-scale", "c-obd", "c-obs", "fisher", "fpgm", "group-fisher", "kfe", "kfe-product", "kron-obd", "kron-obs",
+    "lamp", "lm", "magnitude", "obd", "qm", "random", "reconstruction", "taylor", "taylor-so",
+)  # fmt: skip
+
 # What is removed, and how it is chosen.
 selecting = stack(
     click.option(
@@ -166,10 +174,19 @@ selecting = stack(
     ),
     click.option(
         "--criterion",
-        type=click.Choice(["fisher", "taylor", "magnitude", "random"]),
+        type=Reference(*CRITERIA),
         default="fisher",
         show_default=True,
-        help="How a unit is scored.",
+        metavar="NAME",
+        help=f"How a unit is scored: {', '.join(CRITERIA)}, or file.py:Class of your own.",
+    ),
+    click.option(
+        "--repair",
+        type=click.Choice(["auto", "mean", "none"]),
+        default="auto",
+        show_default=True,
+        help="What mends the layers that stay, where there is data: a fit of each to what it computed before, by the "
+        "method that is best on held-out examples; folded means alone; or nothing.",
     ),
     click.option(
         "--multiple-of",
@@ -215,6 +232,54 @@ judging = stack(
         "targets, mse for floats.",
     ),
     click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Of the fine-tuning."),
+)
+
+# How rounds of removal and training share the work, and what is learned beside the targets.
+training = stack(
+    click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none."),
+    click.option("--lr", type=Number(), help="Learning rate of the fine-tuning."),
+    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option("--rounds", type=COUNT, help="Rounds of pruning, with fine-tuning between them."),
+    click.option(
+        "--schedule",
+        type=click.Choice(["exponential", "equal", "one-shot", "netadapt", "theis"]),
+        default="exponential",
+        show_default=True,
+        help="How rounds share out the removal: each keeps the same fraction, each removes as much, one round, one "
+        "group of layers a round by trial (NetAdapt), or unit by unit in the middle of training (Theis).",
+    ),
+    click.option(
+        "--penalty",
+        type=Number(zero=True),
+        default=0.0,
+        show_default=True,
+        help="Lambda: half of it times a unit's squared weights is added to its score, which keeps steps small.",
+    ),
+    click.option(
+        "--distil",
+        type=Number(zero=True),
+        help="The share, 0 to 1, of the fine-tuning's loss that is the distance from the dense network's outputs; at 1 "
+        "no targets are needed.",
+    ),
+    click.option("--temperature", type=Number(), help="Softens the classes that are compared. [default: 1]"),
+    click.option(
+        "--feature",
+        "features",
+        multiple=True,
+        metavar="GLOB",
+        help="Compare the outputs of these modules with the dense network's too. Repeatable.",
+    ),
+    click.option(
+        "--ewc",
+        type=Number(zero=True),
+        help="Lambda of the elastic penalty that holds the fine-tuned weights where the removal left them.",
+    ),
+    click.option(
+        "--stop-at-loss", type=Number(zero=True), help="End the rounds before the held-out loss lies above this."
+    ),
+    click.option(
+        "--stop-at-accuracy", type=Number(zero=True), help="End the rounds before the metric falls below this."
+    ),
 )
 
 seed = click.option(

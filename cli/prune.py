@@ -30,6 +30,7 @@ class Job:
     evaluate: str | None
     loss: str | None
     plan: Path | None = None
+    store: Path | None = None
     settings: dict[str, Any]  # budget, metric, criterion, ... handed on as they are
 
 
@@ -57,6 +58,8 @@ def run(job: Job) -> None:
         return
 
     import kfe_fx
+    from kfe_fx.curvature.distributed import launched
+    from kfe_fx.curvature.store import Store
     from kfe_fx.plan import read_plan
     from kfe_fx.training.losses import resolve_loss
     from kfe_fx.training.metrics import resolve_metric
@@ -65,11 +68,15 @@ def run(job: Job) -> None:
     loss, evaluate = resolve_loss(job.loss, None), resolve_metric(job.evaluate, None)
     data, val = load_examples(job.data), load_examples(job.val)
     plan = None if job.plan is None else read_plan(job.plan, str(limits[0]))
+    store = None if job.store is None else Store.load(job.store)
     program = kfe_fx.load(job.model, data=data, **job.loading)
-    with output.progress(quiet=job.quiet) as report:
+    with launched() as group, output.progress(quiet=job.quiet or group.rank > 0) as report:
         result = kfe_fx.prune(
-            program, data=data, val=val, evaluate=evaluate, loss=loss, plan=plan, progress=report, **job.settings
-        )
+            program, data=data, val=val, evaluate=evaluate, loss=loss, plan=plan, store=store,
+            progress=report, **job.settings,
+        )  # fmt: skip
+        if group.rank > 0:
+            return
         paths = result.write(job.folder, job.model.stem, force=job.force)
     show(job, result, paths)
     certificate = result.certificate
@@ -111,10 +118,7 @@ def show(job: Job, result: Any, paths: Any) -> None:
 @options.selecting
 @options.data
 @options.judging
-@click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none.")
-@click.option("--lr", type=options.Number(), help="Learning rate of the fine-tuning.")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
-@click.option("--rounds", type=options.COUNT, help="Rounds of pruning, with fine-tuning between them.")
+@options.training
 @options.measuring
 @options.device
 @options.bounds
@@ -123,6 +127,12 @@ def show(job: Job, result: Any, paths: Any) -> None:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Remove what this file says (of prune, or of pareto the point of the budget) instead of selecting.",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Curvature statistics of this model (from kfe-fx curvature) for the criteria that score by them.",
 )
 @options.seed
 @click.option(
@@ -153,6 +163,7 @@ def command(
     evaluate: str | None,
     loss: str | None,
     plan: Path | None,
+    store: Path | None,
     **settings: Any,
 ) -> None:
     """Make a trained network smaller until it meets a budget.
@@ -165,6 +176,8 @@ def command(
       kfe-fx prune model.pt --budget 0.5
       kfe-fx prune model.pt --budget 12ms --budget 2M --data train.npz --epochs 5 -o out
       kfe-fx prune weights.pt --arch net.py:build --budget 0.5 --metric macs
+      kfe-fx prune model.pt --budget 0.3 --data train.npz --distil 0.5 --stop-at-accuracy 0.92
+      torchrun --nproc-per-node 2 --no-python kfe-fx prune model.pt --budget 0.5 --data train.npz
     """
     run(
         Job(
@@ -179,6 +192,7 @@ def command(
             evaluate=evaluate,
             loss=loss,
             plan=plan,
+            store=store,
             settings=settings,
         )
     )

@@ -27,6 +27,7 @@ class Job:
     loading: dict[str, Any]  # arch, trust, inputs
     data: str
     val: str | None
+    teacher: Path | None
     resume: bool
     settings: dict[str, Any]  # loss, evaluate, optimizer, epochs, ... handed on as they are
 
@@ -43,8 +44,10 @@ def check_targets(job: Job) -> None:
         BadFile: the output exists or is an input, or there is a checkpoint too many or too few.
     """
     targets.require_model(job.model)
+    if job.teacher is not None:
+        targets.require_model(job.teacher)
     targets.require_folder(job.target.parent)
-    sources = [Path(p) for p in (job.model, job.data, job.val) if p]
+    sources = [Path(p) for p in (job.model, job.data, job.val, job.teacher) if p]
     targets.require_free([job.target], sources=sources, force=job.force)
     targets.require_free([job.checkpoint], sources=sources, force=True)
     there = job.checkpoint.exists()
@@ -69,6 +72,7 @@ def run(job: Job) -> None:
     settings["evaluate"] = resolve_metric(settings["evaluate"], None)
     data, val = load_examples(job.data), load_examples(job.val)
     program = kfe_fx.load(job.model, data=data, **job.loading)
+    settings["teacher"] = None if job.teacher is None else kfe_fx.load(job.teacher, data=data, **job.loading)
     fresh = not job.checkpoint.exists()
     with launched() as group, output.progress(quiet=job.quiet or group.rank > 0) as report:
         try:
@@ -110,6 +114,12 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     if lasso := facts["group_lasso"]:
         near, units = lasso["near_zero"], lasso["units"]
         click.echo(f"\nkept: the last epoch; group lasso {lasso['lambda']:g}: {near:,} of {units:,} units near zero")
+    if closing := facts["l0"]:
+        off, units = closing["zero"], closing["units"]
+        click.echo(f"\nkept: the last epoch; l0 {closing['lambda']:g}: {off:,} of {units:,} gates closed")
+    if taught := facts["distillation"]:
+        heat = "" if taught["temperature"] is None else f", temperature {taught['temperature']:g}"
+        click.echo(f"\nteacher: {taught['weight']:g} of the loss, compared by {taught['match']}{heat}")
     for note in told:
         click.echo(f"note: {note}")
     click.echo(f"wrote {output.short(job.target)}")
@@ -166,6 +176,33 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     help="Drive whole removable units to zero: LAMBDA times the sum of their norms is added to what is minimised. Try "
     "0.001.",
 )
+@click.option(
+    "--l0",
+    type=options.Number(),
+    metavar="LAMBDA",
+    help="Close hard concrete gates on whole removable units: LAMBDA times the chance that they are open is added to "
+    "what is minimised, over the number of examples. Then: kfe-fx rewrite OUTPUT finalise-gates. Try 10.",
+)
+@click.option(
+    "--l0-weight",
+    type=click.Choice(["params", "time"]),
+    default="params",
+    show_default=True,
+    help="What a unit costs: its parameters, or the time that it is predicted to take.",
+)
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Learn from this network, too, such as the one before pruning; then examples may be without targets.",
+)
+@click.option(
+    "--distil",
+    type=click.FloatRange(0.0, 1.0),
+    metavar="W",
+    help="The teacher's share of the loss, 0 to 1. [default: 0.9; 1 without targets]",
+)
+@click.option("--temperature", type=options.Number(), help="Softens the classes that the teacher says. [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
 @click.option(
     "-o",
@@ -192,12 +229,13 @@ def command(
     inputs: tuple[str, ...],
     data: str,
     val: str | None,
+    teacher: Path | None,
     resume: bool,
     **settings: Any,
 ) -> None:
     """Train a network, and write it as a program file.
 
-    The weights of the best epoch on held-out examples are written (with --group-lasso those of the last); MODEL is
+    The weights of the best epoch on held-out examples are written (with --group-lasso or --l0 of the last). MODEL is
     never touched. After every epoch OUTPUT.checkpoint holds all that the next one depends on, and an interrupted run
     goes on with --resume to the same weights, bit for bit. Under torchrun each process takes its share of every batch.
 
@@ -205,6 +243,7 @@ def command(
     Examples:
       kfe-fx train model.pt --data train.npz
       kfe-fx train model.pt --data train.npz --optimizer adamw --lr 3e-4 --epochs 20 -o better.pt
+      kfe-fx train small.pt --data unlabelled.npz --teacher model.pt
       torchrun --nproc-per-node 2 --no-python kfe-fx train model.pt --data train.npz
     """
     run(
@@ -217,6 +256,7 @@ def command(
             loading={"arch": arch, "trust": trust, "inputs": inputs},
             data=data,
             val=val,
+            teacher=teacher,
             resume=resume,
             settings=settings,
         )

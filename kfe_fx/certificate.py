@@ -12,6 +12,9 @@ class Certificate:
 
     ``before`` and ``after`` hold exact counts (parameters, macs, peak_memory in bytes). ``rounds`` lists each surgery
     with the largest difference between the masked original and the shrunk network, relative to the output's rms.
+    ``loss`` adds up over the rounds by how much the loss on the calibration examples grew with what went: as the scores
+    predicted (None where they are no losses), as measured, and after repair; ``capacity`` holds the Fisher-Rao norm of
+    the parameters before and after.
     ``measured`` holds what was measured on the machine. Two runs with equal seeds agree in all the rest, unless
     latency is budgeted: then what was selected follows from measurements too.
     """
@@ -35,6 +38,8 @@ class Certificate:
     measured: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     limits: list[dict[str, Any]] = field(default_factory=list)
+    loss: dict[str, Any] = field(default_factory=dict)
+    capacity: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the certificate as JSON-ready data."""
@@ -52,7 +57,7 @@ class Certificate:
             ("multiply-accumulates", f"{self.before['macs']:,}", f"{self.after['macs']:,}"),
             ("peak activation memory", _bytes(self.before["peak_memory"]), _bytes(self.after["peak_memory"])),
         ]
-        rows += self._latency_rows() + self._quality_rows()
+        rows += self._latency_rows() + self._quality_rows() + self._loss_rows()
         for number, entry in enumerate(self.rounds, 1):
             rows.append(
                 (f"round {number}: masked = shrunk", f"{entry['removed']} units out", f"{entry['masked_error']:.1e}")
@@ -85,6 +90,18 @@ class Certificate:
             (label, f"{latency['dense_ms']:.3f} ms", f"{latency['pruned_ms']:.3f} ms"),
             ("... of dense (measured anew, 95 %)", "1", f"{latency['ratio']:.3f} ({low:.3f}-{high:.3f})"),
         ]
+
+    def _loss_rows(self) -> list[tuple[str, str, str]]:
+        if not self.loss:
+            return []
+        promised = self.loss["predicted_change"]
+        told = "" if promised is None else f"predicted {promised:+.3g}"
+        rows = [(f"{self.loss['of']} of what went, unrepaired", told, f"{self.loss['realised_change']:+.3g}")]
+        rows.append(("... repaired", "", f"{self.loss['repaired_change']:+.3g}"))
+        if self.capacity:
+            before, after = self.capacity["before"], self.capacity["after"]
+            rows.append(("Fisher-Rao norm", f"{before:.3g}", f"{after:.3g}"))
+        return rows
 
     def _quality_rows(self) -> list[tuple[str, str, str]]:
         rows = []

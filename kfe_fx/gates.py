@@ -9,6 +9,7 @@ With every gate at one the network is what it was, and the gradient of the loss 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -75,7 +76,7 @@ def gate(
             table = table.repeat(times, 1)
         shape[example_dim] = len(table)
         table = table if example_dim < dim else table.t()
-    return value * table.reshape(shape)
+    return value * table.reshape(shape).to(value.dtype)
 
 
 _LIBRARY.impl("gate", gate, "CompositeImplicitAutograd")
@@ -95,27 +96,45 @@ def insert(graph: fx.Graph, analysis: Analysis) -> list[str]:
     for group in analysis.groups:
         with graph.inserting_after(after):
             after = gates[group.id] = graph.placeholder(f"{PREFIX}{group.id}", default_value=None)
-    missing = []
+    missing = missing_sites(graph, analysis)
+    left_out = {id(site) for site in missing}
     for site in analysis.gate_sites:
-        node = nodes.get(site.node)
-        if node is None or node.op != "call_function" or site.dim == site.example_dim:
-            missing.append(site.node)
-        elif site.argument is not None:
+        if id(site) in left_out:
+            continue
+        node = nodes[site.node]
+        if site.argument is not None:
             _gate_inside(graph, node, site, analysis, gates)
             state = Arguments.of(node).h0 if site.argument == "gate" else None
             if isinstance(state, fx.Node) and state in analysis.trackers["eval"].static:  # learned: not gated elsewhere
                 with graph.inserting_before(node):
-                    gated_state = graph.call_function(GATE, (state, *_arguments(site, analysis, gates)))
+                    gated_state = graph.call_function(GATE, (state, *gate_arguments(site, analysis, gates)))
                 gated_state.meta = dict(node.meta)
-                _set_argument(node, "h0", gated_state, state)
+                set_argument(node, "h0", gated_state, state)
         else:
-            _gate_node(graph, node, site, analysis, gates)
+            gate_after(graph, node, site, analysis, gates)
     graph.lint()
-    return missing
+    return [site.node for site in missing]
 
 
-def _arguments(site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> tuple[Any, ...]:
-    group = analysis.groups[analysis.units[int(site.units[site.units >= 0][0])].group]
+def has_gates(program: Program) -> bool:
+    """Tell whether a graph of a Program has gates of any kind."""
+    return any(graph.find_nodes(op="call_function", target=GATE) for graph in program.graphs.values())
+
+
+def missing_sites(graph: fx.Graph, analysis: Analysis) -> list[GateSite]:
+    """List the gate sites at which no gate can stand in a graph: it has no such node, or the dim counts examples."""
+    nodes = {node.name: node for node in graph.nodes if node.op == "call_function"}
+    return [site for site in analysis.gate_sites if site.node not in nodes or site.dim == site.example_dim]
+
+
+def group_at(site: GateSite, analysis: Analysis) -> int:
+    """Return the id of the group whose units a site gates."""
+    return analysis.units[int(site.units[site.units >= 0][0])].group
+
+
+def gate_arguments(site: GateSite, analysis: Analysis, gates: Mapping[int, fx.Node]) -> tuple[Any, ...]:
+    """Return what the operation takes at a site behind the value, from the node of each group's gates."""
+    group = analysis.groups[group_at(site, analysis)]
     columns = np.asarray(group.units)
     index = np.searchsorted(columns, site.units).clip(0, len(columns) - 1)
     index = np.where(columns[index] == site.units, index, -1)
@@ -129,12 +148,12 @@ def _gate_inside(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analy
     like = Arguments.of(node).weight_ih
     with graph.inserting_before(node):
         ones = graph.call_function(torch.ops.aten.new_ones.default, (like, [1, len(site.units)]))
-        gated = graph.call_function(GATE, (ones, *_arguments(site, analysis, gates)))
+        gated = graph.call_function(GATE, (ones, *gate_arguments(site, analysis, gates)))
     ones.meta, gated.meta = dict(node.meta), dict(node.meta)
-    _set_argument(node, str(site.argument), gated)
+    set_argument(node, str(site.argument), gated)
 
 
-def _set_argument(node: fx.Node, name: str, value: fx.Node | None, old: fx.Node | None = None) -> None:
+def set_argument(node: fx.Node, name: str, value: fx.Node | None, old: fx.Node | None = None) -> None:
     """Set an argument of a recurrent layer that is ``old`` now; the others stay as they are written."""
     place = [field.name for field in fields(Arguments)].index(name)
     if place < len(node.args):
@@ -145,9 +164,12 @@ def _set_argument(node: fx.Node, name: str, value: fx.Node | None, old: fx.Node 
         node.kwargs = rest if value is None else {**rest, name: value}
 
 
-def _gate_node(graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: dict[int, fx.Node]) -> None:
+def gate_after(
+    graph: fx.Graph, node: fx.Node, site: GateSite, analysis: Analysis, gates: Mapping[int, fx.Node]
+) -> None:
+    """Let everything that read a node read it gated, in place."""
     with graph.inserting_after(node):
-        gated = graph.call_function(GATE, (node, *_arguments(site, analysis, gates)))
+        gated = graph.call_function(GATE, (node, *gate_arguments(site, analysis, gates)))
     gated.meta = dict(node.meta)
     node.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
 
@@ -167,7 +189,7 @@ def strip(graph: fx.Graph, inputs: tuple[str, ...]) -> int:
         for user in [user for user in node.users if user.target is RECURRENT]:
             for name in ("gate", "cell_gate"):
                 if getattr(Arguments.of(user), name) is node:
-                    _set_argument(user, name, None, node)
+                    set_argument(user, name, None, node)
                     feeding.add(source)  # the ones that it was written in
         node.replace_all_uses_with(source)
         graph.erase_node(node)

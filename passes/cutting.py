@@ -116,8 +116,9 @@ class Cutter:
         step = Plan(relative(state.plan.kept, plan.kept), heads=heads)
         if removed == state.removed and not plan.dropped:  # nothing went: nothing is to be repaired
             return Cut(state, step, error, {})
+        known = {"unrepaired": self._loss(small)} if prove and self._data.calibration is not None else {}
         small, facts = self._repair(state.small, small, step, before or state.small, quick=not prove)
-        return Cut(State(small, state.shallow, removed, plan), step, error, facts)
+        return Cut(State(small, state.shallow, removed, plan), step, error, facts | known)
 
     def _repair(
         self, present: Program, small: Program, step: Plan, before: Program, *, quick: bool

@@ -33,8 +33,13 @@ PASSES = {
     "batchnorm-recurrent": ("batchnorm_recurrent", "BatchnormRecurrent"),
     "finalise-recurrent": ("finalise_recurrent", "FinaliseRecurrent"),
     "fold-recurrent-batchnorm": ("fold_recurrent_batchnorm", "FoldRecurrentBatchnorm"),
+    "decompose-kfe": ("decompose_kfe", "DecomposeKfe"),
+    "decompose-svd": ("decompose_svd", "DecomposeSvd"),
     "capture-curvature": ("capture_curvature", "CaptureCurvature"),
     "strip-curvature": ("strip_curvature", "StripCurvature"),
+    "insert-gates": ("insert_gates", "InsertGates"),
+    "finalise-gates": ("finalise_gates", "FinaliseGates"),
+    "strip-gates": ("strip_gates", "StripGates"),
 }
 DATA = "data"  # the field of a pass that reads examples
 _STEP = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ from kfe_fx.cost.device import Device, read_device
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
+from kfe_fx.passes.options import check_options
 from kfe_fx.passes.proof import prove
 from kfe_fx.passes.rounds import Rounds
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.strip_curvature import StripCurvature
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program, ProgramModule
-from kfe_fx.runtime.quantise import PRECISIONS
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.prune_data import PruneData, arrange
@@ -96,6 +95,16 @@ def prune(
     provider: str = "CPUExecutionProvider",
     precision: str = "fp32",
     plan: Plan | None = None,
+    repair: str = "auto",
+    schedule: str = "exponential",
+    penalty: float = 0.0,
+    distil: float | None = None,
+    temperature: float | None = None,
+    features: Sequence[str] = (),
+    ewc: float | None = None,
+    store: Any = None,
+    stop_at_loss: float | None = None,
+    stop_at_accuracy: float | None = None,
     heads: str = "auto",
     resize_state: bool = False,
     seed: int = 0,
@@ -120,7 +129,7 @@ def prune(
         lr: its learning rate.
         batch_size: examples a step, in scoring too.
         optimizer: "adamw" or "sgd".
-        rounds: of scoring, removal and fine-tuning, on an exponential schedule.
+        rounds: of scoring, removal, repair and fine-tuning; by default 4 with fine-tuning, else 1.
         multiple_of: widths stay multiples of this; where latency counts that of the device when not given, else 1.
         threads: of the latency measurement.
         batch: of the latency measurement.
@@ -133,6 +142,22 @@ def prune(
         provider: of ONNX Runtime, for what is measured.
         precision: "fp32", or "int8": int8 copies are measured, of the dense network too; what is written is float32.
         plan: remove what this plan says instead of selecting; ``budget`` is what it is judged by.
+        repair: what becomes of the weights that stay after a removal, where there are examples: "auto" fits each layer
+            to what it computed before, by the method that is best on held-out examples; "mean" folds means alone;
+            "none" leaves them.
+        schedule: how the rounds share out the removal: "exponential" (each leaves the same fraction of what the last
+            one left), "equal" (each removes as much), "one-shot" (one round), "netadapt" or "theis", see
+            ``kfe_fx.passes.schedules``.
+        penalty: lambda of the step-size constraint, score + lambda/2 sum of the unit's squared weights.
+        distil: the dense network's share of the loss that fine-tuning minimises, 0 to 1.
+        temperature: that softens the classes of both; 1 if not given.
+        features: globs of modules whose outputs are to stay those of the dense network, on the units that are left.
+        ewc: lambda of the elastic penalty that holds the weights of the fine-tuning where repair left them, by the
+            curvature of the pruned network.
+        store: curvature statistics of this network and these weights (``kfe_fx.fit``), for the criteria that score by
+            them in the first round; they are measured on ``data`` if not given.
+        stop_at_loss: rounds end, and the last is taken back, when the loss on the held-out examples lies above this.
+        stop_at_accuracy: the same when the metric falls below this.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
         resize_state: let states of recurrent layers that are inputs or outputs of the network lose hidden units too
             (streaming models); whoever calls it then holds the smaller states that the certificate tells.
@@ -147,11 +172,10 @@ def prune(
         UnsupportedModel: the network cannot be captured, has nothing to remove, or has no ONNX form.
         VerificationFailed: the result does not compute what the masked original computes.
     """
-    job = _prepare(
-        program_or_module, example_inputs, budget, metric, criterion, data, loss, val, evaluate, epochs, lr, batch_size,
-        optimizer, rounds, multiple_of, threads, batch, keep, floor, cap, depth, target, provider, precision, plan,
-        heads, resize_state, seed,
-    )  # fmt: skip
+    options = dict(locals())
+    for name in ("program_or_module", "example_inputs", "progress"):
+        del options[name]
+    job = prepare(program_or_module, example_inputs, **options)
     return PruneResult(*Rounds(job.program, job.settings, job.data, progress).run())
 
 
@@ -170,46 +194,34 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
     Raises:
         UsageError: an option that there is not, or that means nothing.
     """
-    known = inspect.signature(prune).parameters
-    unknown = [name for name in options if name not in known or name == "progress"]
+    parameters = dict(list(inspect.signature(prune).parameters.items())[2:-1])
+    unknown = [name for name in options if name not in parameters]
     if unknown:
-        raise UsageError(f"there is no option {unknown[0]!r}; those of prune are {', '.join(list(known)[2:-1])}")
-    defaults = {name: parameter.default for name, parameter in list(known.items())[2:-1]}
-    return _prepare(program_or_module, example_inputs, *(options.get(name, value) for name, value in defaults.items()))
-
-
-def _prepare(
-    program_or_module: Program | nn.Module, example_inputs: Any, budget: Any, metric: str, criterion: Any, data: Any,
-    loss: Any, val: Any, evaluate: Any, epochs: int | None, lr: float | None, batch_size: int, optimizer: str,
-    rounds: int | None, multiple_of: int | None, threads: int, batch: int, keep: Sequence[str], floor: Sequence[str],
-    cap: Sequence[str], depth: bool, target: Any, provider: str, precision: str, plan: Plan | None, heads: str,
-    resize_state: bool, seed: int,
-) -> Job:  # fmt: skip
-    limits = read_limits(budget, metric)
-    _check(heads, threads, batch, batch_size, rounds, epochs, lr)
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision is {' or '.join(PRECISIONS)}, got {precision!r}")
-    if optimizer not in ("adamw", "sgd"):
-        raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {optimizer!r}")
+        raise UsageError(f"there is no option {unknown[0]!r}; those of prune are {', '.join(parameters)}")
+    given = {name: parameter.default for name, parameter in parameters.items()} | options
+    if given["budget"] is inspect.Parameter.empty:
+        raise UsageError("a budget is missing; say what may remain, as in budget=0.5")
+    limits = read_limits(given.pop("budget"), given.pop("metric"))
+    check_options(given, limits)
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
-    if limits[0].metric == "widths" and (keep or floor or cap):
-        raise UsageError("a budget of widths cuts all layers alike: keep, floor and cap go with the other metrics")
+    plan, target, loss = given["plan"], given.pop("target"), given["loss"]
     if plan is not None:
-        heads, resize_state = plan.heads, plan.resize_state
-    bounds = Bounds(tuple(map(read_bound, floor)), tuple(map(read_bound, cap)))
+        given |= {"heads": plan.heads, "resize_state": plan.resize_state}
+    bounds = Bounds(tuple(map(read_bound, given.pop("floor"))), tuple(map(read_bound, given.pop("cap"))))
     device = target if isinstance(target, Device) or target is None else read_device(target)
     foreign = device is not None and not device.is_this_machine()
-    if foreign and (batch, precision, provider) != (1, "fp32", Settings.provider):
+    if foreign and (given["batch"], given["precision"], given["provider"]) != (1, "fp32", Settings.provider):
         raise UsageError(
             "for another device only batch 1 and fp32 are predicted; drop --batch, --precision, --provider"
         )
-    settings = Settings(
-        limits, criterion, loss, evaluate, epochs, lr, batch_size, optimizer, rounds, multiple_of, threads, batch,
-        tuple(keep), heads, seed, resize_state, bounds, depth, provider, precision,
-        device if foreign else None, plan,
-    )  # fmt: skip
-    data, val = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
-    return Job(program, settings, arrange(data, val, program.extras.get("calibration"), seed=seed))
+    data, val = (_fitting(program, given.pop(name), loss, name) for name in ("data", "val"))
+    given |= {"keep": tuple(given["keep"]), "features": tuple(given["features"])}
+    given["distil"] = given["distil"] or 0.0
+    settings = Settings(limits=limits, bounds=bounds, target=device if foreign else None, **given)
+    examples = arrange(
+        data, val, program.extras.get("calibration"), seed=settings.seed, unlabelled=settings.distil == 1
+    )
+    return Job(program, settings, examples)
 
 
 def _fitting(program: Program, data: Any, loss: Any, name: str) -> Any:
@@ -226,16 +238,3 @@ def _program(program_or_module: Program | nn.Module, example_inputs: Any) -> Pro
     if example_inputs is None:
         raise UsageError("example_inputs are needed to capture a module: prune(module, example_inputs, budget=...)")
     return capture(program_or_module, example_inputs)
-
-
-def _check(heads: str, threads: int, batch: int, batch_size: int, rounds: Any, epochs: Any, lr: Any) -> None:
-    if heads not in ("auto", "heads", "positions"):
-        raise UsageError(f"heads is auto, heads or positions, got {heads!r}")
-    if lr is not None and (not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0):
-        raise UsageError(f"lr is a number above 0, got {lr!r}")
-    for name, value, least in (
-        ("threads", threads, 1), ("batch", batch, 1), ("batch_size", batch_size, 1), ("rounds", rounds, 1),
-        ("epochs", epochs, 0),
-    ):  # fmt: skip
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}")

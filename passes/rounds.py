@@ -8,39 +8,68 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.loop import close_loop
-from kfe_fx.cost.schedule import exponential_schedule
 from kfe_fx.cost.solver import Selection
-from kfe_fx.criteria.base import ScoreContext, score
-from kfe_fx.embedding import lift_scores
+from kfe_fx.criteria.base import ScoreContext, resolve, score
+from kfe_fx.criteria.step_size import squared_norms
+from kfe_fx.curvature.distributed import Group
+from kfe_fx.embedding import lift_scores, units_at
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.states import permit
+from kfe_fx.passes.branch_choice import choose_branches
 from kfe_fx.passes.cutting import Cut, Cutter, State
+from kfe_fx.passes.floors import Floor
 from kfe_fx.passes.proof import prove
+from kfe_fx.passes.schedules import netadapt, round_ratios
 from kfe_fx.passes.selecting import Selector
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.passes.stopwatch import Stopwatch
-from kfe_fx.passes.telling import COUNTED, counts, describe, tell_counts, tell_limits, tell_prediction
+from kfe_fx.passes.telling import (
+    COUNTED,
+    counts,
+    describe,
+    tell_capacity,
+    tell_counts,
+    tell_limits,
+    tell_losses,
+    tell_prediction,
+)
+from kfe_fx.passes.theis import Signals
 from kfe_fx.passes.trial import Trial
+from kfe_fx.passes.tuning import Tuner
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
-from kfe_fx.training.finetune import default_epochs, finetune
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
-from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
 from kfe_fx.training.prune_data import PruneData
 
-ROUNDS = 4  # with fine-tuning in between; without it one round loses nothing
-BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
+MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
 TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
-PATIENCE = 2  # branches that may be tried in vain
+
+
+@dataclass(frozen=True)
+class Part:
+    """One round: its number of how many, and what may remain after it."""
+
+    number: int
+    count: int
+    ratios: dict[str, float]
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the first."""
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last."""
+        return self.number == self.count - 1
 
 
 @dataclass
@@ -82,7 +111,7 @@ class Rounds:
         self.cutter = Cutter(settings, data, lambda candidate: self.trial.loss(candidate))
         self.dense = CostModel(self.original, analysis)
         self._go_to(State(self.original.copy().eval(), whole, frozenset(), Plan(heads=settings.heads)))
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scoring: dict[str, Any] = {}
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
@@ -112,6 +141,10 @@ class Rounds:
         if "latency" in self.ratios and self._asks():
             self._reach_latency()
         tell_limits(self.certificate, self.settings, self.ratios)
+        tell_losses(self.certificate)
+        if self._asks() and self.data.calibration is not None:
+            self.progress("measuring the Fisher-Rao norm", None)
+            tell_capacity(self.certificate, self.settings, self.data.calibration, self.original, self.state.small)
         return permit(self.state.small, allowed=False), self.state.plan, self.certificate
 
     # what is asked ---------------------------------------------------------------------------------------------------
@@ -127,7 +160,7 @@ class Rounds:
     @cached_property
     def device(self) -> Device:
         """The device that is pruned for: the one that was given, else this one."""
-        return self.settings.target or this_device(self.settings.threads)
+        return self.settings.target or Group.current().lead(lambda: this_device(self.settings.threads))
 
     @cached_property
     def trial(self) -> Trial:
@@ -159,37 +192,48 @@ class Rounds:
     # the rounds ------------------------------------------------------------------------------------------------------
 
     def _rounds(self, judge: Metric | None) -> None:
-        targets = self._targets()
+        targets = round_ratios(self.settings, self.ratios, trains=self.tuner.trains)
+        floor = Floor(self.settings, self.data, self.original, judge)
         if self.settings.measures:
             _ = self.stopwatch  # what cannot be measured is to be known before anything is trained
         for number, ratios in enumerate(targets):
-            last = number == len(targets) - 1
-            self.progress(f"round {number + 1} of {len(targets)}: scoring", number / len(targets))
-            if self.settings.plan is not None:
-                self._surgery(self._planned(self.settings.plan), None, ratios)
-            else:
-                scores = self._scores()
-                branches = self._choose_branches(scores) if number == 0 else ()
-                measured = last and self.settings.measures and self.ratios["latency"] < 1
-                choose = self._closed_loop if measured else self._select
-                self._surgery(choose(scores, ratios, branches), scores, ratios)
-            if last and judge is not None:
-                self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
-            self.progress(f"round {number + 1} of {len(targets)}: fine-tuning", (number + 0.5) / len(targets))
-            self._finetune(len(targets), last=last)
-        if judge is not None and self._trains():
+            before = self.state
+            part = Part(number, len(targets), ratios)
+            self._round(part, judge)
+            if crossed := floor.crossed(self.state.small, self.certificate.rounds[-1]):
+                self._take_back(before, crossed, judge)
+                break
+        if judge is not None and self.tuner.trains:
             self.certificate.quality["after"] = self._evaluate(judge, self.state.small)
 
-    def _targets(self) -> list[dict[str, float]]:
-        settings = self.settings
-        if settings.metric == "widths" or settings.plan is not None:
-            return [self.ratios]
-        count = settings.rounds or (ROUNDS if self._trains() else 1)
-        each = {metric: exponential_schedule(ratio, count) for metric, ratio in self.ratios.items()}
-        return [{metric: line[number] for metric, line in each.items()} for number in range(count)]
+    def _round(self, part: Part, judge: Metric | None) -> None:
+        self.progress(f"round {part.number + 1} of {part.count}: scoring", part.number / part.count)
+        if self.settings.plan is not None:
+            self._surgery(self._planned(self.settings.plan), None, part.ratios)
+        else:
+            scores = self._scores() if self.settings.schedule != "theis" or part.first else self.signals
+            branches = self._choose_branches(scores) if part.first else ()
+            if self.settings.schedule == "theis":
+                scores = self._train_and_mask(part, scores)
+            chosen = self._chosen(part, scores, branches)
+            self._surgery(Group.current().lead(lambda: chosen), scores, part.ratios)
+        if part.last and judge is not None:
+            self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
+        self.progress(f"round {part.number + 1} of {part.count}: fine-tuning", (part.number + 0.5) / part.count)
+        self._finetune(part)
 
-    def _trains(self) -> bool:
-        return self.data.training is not None and self.settings.epochs != 0
+    def _chosen(self, part: Part, scores: np.ndarray, branches: tuple[str, ...]) -> Selection:
+        if part.last and self.settings.measures and self.ratios["latency"] < 1:
+            return self._closed_loop(scores, part.ratios, branches)
+        if self.settings.schedule != "netadapt" or branches:
+            return self._select(scores, part.ratios, branches)
+        return netadapt(
+            self.state.shallow.analysis,
+            scores,
+            lambda given: self._select(given, part.ratios, ()),
+            lambda selection: self.trial.loss(self._cut(selection, None, prove=False)[0].state.small),
+            self.state.removed,
+        )
 
     def _scores(self) -> np.ndarray:
         """Score the units of the small network and hand the scores to the units of its base."""
@@ -208,7 +252,11 @@ class Rounds:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
+        if first and settings.store is not None:
+            context.store["curvature"] = settings.store
         scores = score(settings.criterion, context)
+        if settings.penalty:
+            scores = scores + 0.5 * settings.penalty * squared_norms(analysis)
         self.scoring = dict(context.facts)
         if first:
             self.shared.scores, self.shared.scoring = scores, self.scoring
@@ -272,25 +320,35 @@ class Rounds:
         """Cut, and note what came of it; the optimiser goes on with what is left of its state."""
         settings, before = self.settings, self.state
         cut, error = self._cut(selection, scores)
-        if cut.state.shallow is not before.shallow:
-            self.optimizer = None
-        elif self.optimizer is not None:
-            self.optimizer = slice_optimizer(self.optimizer, before.small, cut.state.small, cut.step)
-        self.certificate.rounds.append(
-            {
-                "target": ratios[settings.metric],
-                "predicted": selection.predicted,
-                "removed": len(selection.removed) - len(before.removed),
-                **({"dropped": list(selection.dropped)} if selection.dropped else {}),
-                "masked_error": error,
-                "predicted_loss": selection.loss,
-                **cut.facts,
-            }
-        )
+        self.tuner.follow(before, cut.state, cut.step)
+        unrepaired = cut.facts.pop("unrepaired", None)
+        entry = {
+            "target": ratios[settings.metric],
+            "predicted": selection.predicted,
+            "removed": len(selection.removed) - len(before.removed),
+            **({"dropped": list(selection.dropped)} if selection.dropped else {}),
+            "masked_error": error,
+            "predicted_loss": selection.loss,
+            **cut.facts,
+        }
+        if unrepaired is not None:
+            entry["loss"] = self._losses(before, cut.state, unrepaired, selection)
+        self.certificate.rounds.append(entry)
         if not selection.feasible and not settings.measures:
             self.certificate.feasible = False
             self.certificate.binding = selection.binding
         self._go_to(cut.state)
+
+    def _losses(self, before: State, after: State, unrepaired: float, selection: Selection) -> dict[str, Any]:
+        """Return the loss on the calibration examples around a surgery, and the change that the scores promised."""
+        predicts = self.settings.plan is None and resolve(self.settings.criterion).predicts and not selection.dropped
+        return {
+            "of": self.trial.name,
+            "before": self.trial.loss(before.small),
+            "removed": unrepaired,
+            "repaired": self.trial.loss(after.small),
+            "predicted_change": selection.loss if predicts else None,
+        }
 
     def _cut(self, selection: Selection, scores: np.ndarray | None, *, prove: bool = True) -> tuple[Cut, float]:
         """Drop branches, then remove units; return the last cut and the larger error."""
@@ -303,62 +361,72 @@ class Rounds:
         return cut, max(error, cut.error)
 
     def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:
-        """Choose the branches that go by what the network loses with them at the final budget, after repair.
-
-        The sum of the scores of its units says little of a whole branch, so choices are tried: the first branches in
-        the order of harm per cost saved, as many as lower the loss on the calibration examples, or as the budget needs.
-        """
         if not self.selector.branches:
             return ()
-        trial = self.trial
+        self.progress("trying whole branches", None)
+
+        def harm(name: str) -> float:
+            return self.trial.harm(self.state.small, self.selector.branches[name])
 
         def judge(names: tuple[str, ...]) -> tuple[bool, float]:
             selection = self._select(scores, self.ratios, names)
             if not selection.feasible:
                 return True, selection.predicted
-            return False, trial.loss(self._cut(selection, None, prove=False)[0].state.small)
+            return False, self.trial.loss(self._cut(selection, None, prove=False)[0].state.small)
 
-        self.progress("trying whole branches", None)
-        harm = {name: trial.harm(self.state.small, branch) for name, branch in self.selector.branches.items()}
-        best: tuple[str, ...] = ()
-        path, in_vain = best, 0
-        found: dict[tuple[str, ...], tuple[bool, float]] = {best: judge(best)}
-        for name in self.selector.by_price(harm, self.ratios):
-            if in_vain == PATIENCE and not found[best][0]:
-                break
-            if not self.selector.fit((*path, name)):
-                continue
-            path = (*path, name)
-            left = self.selector.ratio(self.settings.metric, self.selector.units(path), path)
-            if left < self.ratios[self.settings.metric] * (1 - TOLERANCE) and not found[best][0]:
-                break  # these branches alone save more than was asked for
-            found[path] = judge(path)
-            better = found[path] < found[best]
-            best, in_vain = (path, 0) if better else (best, in_vain + 1)
-        return best
+        return choose_branches(self.selector, self.ratios, harm, judge, TOLERANCE)
 
-    def _finetune(self, rounds: int, *, last: bool) -> None:
-        training, settings = self.data.training, self.settings
-        if training is None or settings.epochs == 0:
+    # training --------------------------------------------------------------------------------------------------------
+
+    def _finetune(self, part: Part) -> None:
+        if not self.tuner.trains:
             return
-        epochs = settings.epochs if settings.epochs is not None else default_epochs(len(training))
-        per_epoch = max(1, len(training) // settings.batch_size)
-        share = 1.0 if rounds == 1 else (1 - BETWEEN) if last else BETWEEN / (rounds - 1)
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(self.state.small, settings.optimizer, settings.lr)
-        facts = finetune(
-            self.state.small,
-            training,
-            settings.loss,
-            steps=max(1, round(epochs * per_epoch * share)),
-            batch_size=settings.batch_size,
-            optimizer=self.optimizer,
-            schedule="cosine",
-            seed=settings.seed + len(self.certificate.rounds),
-            progress=self.progress,
-        )
-        self.certificate.rounds[-1]["finetune"] = {k: v for k, v in facts.items() if k != "threads"}
+        steps = self.tuner.steps(part.count, last=part.last)
+        if self.settings.schedule == "theis":
+            steps -= round(MASKING * steps)
+        self._train(steps)
+
+    def _train(self, steps: int, penalties: Any = None, program: Program | None = None) -> None:
+        seed = self.settings.seed + len(self.certificate.rounds)
+        facts = self.tuner.run(self.state, steps, seed, penalties, program)
+        entry = self.certificate.rounds[-1] if self.certificate.rounds else {}
+        entry["finetune"] = {key: value for key, value in facts.items() if key != "threads"}
         self.certificate.measured.setdefault("training_threads", []).append(facts.get("threads"))
+
+    def _train_and_mask(self, part: Part, scores: np.ndarray) -> np.ndarray:
+        """Train with gates, and mask units by the signals of the way; return the scores that came of it."""
+        state, whole = self.state, self.state.shallow.analysis
+        analysis = (
+            analyze(state.small, heads=self.settings.heads) if state.removed else replace(whole, program=state.small)
+        )
+        before = {metric: self.selector.ratio(metric, state.removed) for metric in part.ratios}
+
+        def lifted(found: np.ndarray) -> np.ndarray:
+            return lift_scores(whole, analysis, found, state.plan.kept) if state.removed else found
+
+        def choose(found: np.ndarray, share: float) -> frozenset[int]:
+            way = {name: before[name] * (ratio / before[name]) ** share for name, ratio in part.ratios.items()}
+            removed = self._select(lifted(found), {name: min(1.0, r) for name, r in way.items()}, ()).removed
+            gone = removed - state.removed
+            if not state.removed:
+                return gone
+            slices = (whole.units[unit].slices for unit in gone)
+            return frozenset(u for each in slices for u in units_at(analysis, each, state.plan.kept))
+
+        steps = max(1, round(MASKING * self.tuner.steps(part.count, last=part.last)))
+        signals = Signals(state.small, analysis, choose, steps)
+        self._train(steps, [signals], signals.view())
+        self.signals = lifted(signals.scores_with_masked_first())
+        return self.signals
+
+    def _take_back(self, before: State, why: str, judge: Metric | None) -> None:
+        """Go back to where the last round began."""
+        self.certificate.rounds.pop()
+        self.certificate.feasible, self.certificate.binding = False, why
+        self._go_to(before)
+        self.tuner.optimizer = None
+        if judge is not None:
+            self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
 
     # what is told ----------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,15 @@ class Settings:
     target: Device | None = None
     plan: Plan | None = None
     repair: str = "auto"
+    schedule: str = "exponential"
+    penalty: float = 0.0
+    distil: float = 0.0
+    temperature: float | None = None
+    features: tuple[str, ...] = ()
+    ewc: float | None = None
+    store: Any = field(default=None, repr=False)
+    stop_at_loss: float | None = None
+    stop_at_accuracy: float | None = None
 
     @property
     def metric(self) -> str:

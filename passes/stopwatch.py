@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfe_fx.curvature.distributed import Group
 from kfe_fx.passes.settings import Settings
 from kfe_fx.program import Program
 from kfe_fx.runtime.inputs import feeds
@@ -19,7 +20,10 @@ RANGES = 4  # batches of drawn inputs that ranges of int8 copies are taken from
 
 
 class Stopwatch:
-    """Measures candidates that are cut from one dense Program; what is exported and opened once is kept."""
+    """Measures candidates that are cut from one dense Program; what is exported and opened once is kept.
+
+    In a process group rank 0 measures for all.
+    """
 
     def __init__(self, dense: Program, settings: Settings) -> None:
         """Export and open the dense network.
@@ -44,14 +48,21 @@ class Stopwatch:
 
     def dense_ms(self) -> float:
         """Return the median milliseconds of the dense network."""
-        found = compare([self._session], self._feeds(self._program), seconds=TURN_SECONDS, seed=self._settings.seed)
-        return found.latencies[0].p50
+
+        def measure() -> float:
+            feeds = self._feeds(self._program)
+            return compare([self._session], feeds, seconds=TURN_SECONDS, seed=self._settings.seed).latencies[0].p50
+
+        return Group.current().lead(measure)
 
     def ratio(self, candidate: Program, base: Program, dropped: tuple[str, ...] = ()) -> float:
         """Return the time of a candidate as a fraction of dense.
 
         ``base`` is what it was shrunk from: the dense network without the branches ``dropped``.
         """
+        return Group.current().lead(lambda: self._ratio(candidate, base, dropped))
+
+    def _ratio(self, candidate: Program, base: Program, dropped: tuple[str, ...]) -> float:
         if dropped not in self._templates:
             self._templates[dropped] = Template(base)  # one export; each candidate is sliced into it
         session = self._open(self._templates[dropped].model(candidate), candidate)
@@ -61,6 +72,9 @@ class Stopwatch:
 
     def anew(self, small: Program, onnx: bytes) -> dict[str, Any]:
         """Measure the final network against dense in sessions of their own; return what the certificate tells."""
+        return Group.current().lead(lambda: self._anew(small, onnx))
+
+    def _anew(self, small: Program, onnx: bytes) -> dict[str, Any]:
         settings = self._settings
         sessions = [self._open(self._onnx, self._program), self._open(onnx, small)]
         each = [self._feeds(self._program), self._feeds(small)]

@@ -10,6 +10,8 @@ import torch
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device
+from kfe_fx.curvature.fisher_rao import fisher_rao_norm
+from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.states import resized
 from kfe_fx.passes.settings import Settings
@@ -17,6 +19,7 @@ from kfe_fx.program import Program
 
 COUNTED = {"macs": "macs", "params": "parameters", "memory": "peak_memory", "widths": "units"}
 _ROUNDING = 1e-9
+CAPACITY = 256  # examples of the Fisher-Rao norm
 PLAN_TOLERANCE = 0.05  # of a measured budget that a given plan is judged by
 
 
@@ -108,3 +111,28 @@ def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, 
     certificate.reached = reached[settings.metric]
     if not certificate.feasible:
         certificate.notes.append(f"the budget is out of reach ({certificate.binding}); this is the nearest point")
+
+
+def tell_losses(certificate: Certificate) -> None:
+    """Add up over the rounds what the scores promised of the loss, and what came of it before and after repair."""
+    known = [entry["loss"] for entry in certificate.rounds if "loss" in entry]
+    if not known:
+        return
+    promised = [entry["predicted_change"] for entry in known]
+    certificate.loss = {
+        "of": known[0]["of"],
+        "predicted_change": None if None in promised else sum(promised),
+        "realised_change": sum(entry["removed"] - entry["before"] for entry in known),
+        "repaired_change": sum(entry["repaired"] - entry["before"] for entry in known),
+    }
+
+
+def tell_capacity(certificate: Certificate, settings: Settings, sample: Any, dense: Program, small: Program) -> None:
+    """Tell the Fisher-Rao norm of the parameters before and after, unless the loss has no likelihood it could be of."""
+    for name, program in (("before", dense), ("after", small)):
+        try:
+            found = fisher_rao_norm(program, sample.first(CAPACITY), settings.loss, seed=settings.seed)
+        except (UsageError, BadData):
+            certificate.capacity = {}
+            return
+        certificate.capacity |= {name: found.norm, "source": found.source, "examples": found.examples}

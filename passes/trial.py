@@ -25,18 +25,23 @@ DRAWN = 8  # inputs that are drawn where there are no examples
 class Trial:
     """Judges candidates of one run on the same examples."""
 
-    def __init__(self, dense: Program, sample: Any, settings: Settings) -> None:
-        """Run the dense network where there are no targets to compare with."""
+    def __init__(self, dense: Program, sample: Any, settings: Settings, examples: int = EXAMPLES) -> None:
+        """Run the dense network where there are no targets to compare with; at most so many examples are looked at."""
         self._batches: list[Batch] = []
         if sample is None:
             self._batches = [Batch(draw_inputs(dense, DRAWN if dense.batch_axes() else None, settings.seed), None, 1)]
         else:
             self._batches = list(
-                Batches(dense, sample.first(max(EXAMPLES, pinned_batch(dense) or 0)), settings.batch_size)
+                Batches(dense, sample.first(max(examples, pinned_batch(dense) or 0)), settings.batch_size)
             )
         targets = self._batches[0].targets
         self._loss = None if targets is None else resolve_loss(settings.loss, targets)
         self._dense = [] if self._loss is not None else [self._run(dense, batch) for batch in self._batches]
+
+    @property
+    def name(self) -> str:
+        """What is measured: the loss by its name, or the distance from the dense network's outputs."""
+        return "distance" if self._loss is None else self._loss.name
 
     @staticmethod
     def _run(program: Program, batch: Batch) -> tuple[Any, ...]:

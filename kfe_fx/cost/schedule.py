@@ -18,3 +18,13 @@ def exponential_schedule(target: float, rounds: int) -> list[float]:
     if rounds < 1:
         raise UsageError(f"pruning takes at least one round, got {rounds}")
     return [*(target ** (k / rounds) for k in range(1, rounds)), target]
+
+
+def equal_schedule(target: float, rounds: int) -> list[float]:
+    """Return the ratio after each round, r_k = 1 - (1 - target) k / rounds, so that each round removes as much.
+
+    Raises:
+        UsageError: a target outside (0, 1], or no round.
+    """
+    exponential_schedule(target, rounds)
+    return [*(1 - (1 - target) * k / rounds for k in range(1, rounds)), target]

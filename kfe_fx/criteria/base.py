@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 from kfe_fx.criteria.gradients import Source, gate_gradients
-from kfe_fx.errors import UsageError
+from kfe_fx.curvature.fit import fit
+from kfe_fx.curvature.store import Store, graph_hash, weights_hash
+from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
+from kfe_fx.training.functions import load_function
 from kfe_fx.training.losses import Loss, resolve_loss
 
 
@@ -39,6 +42,7 @@ class ScoreContext:
     seed: int = 0
     store: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    _measured: Store | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(
@@ -69,16 +73,73 @@ class ScoreContext:
         """
         return gate_gradients(Source(self.program, self.analysis, self.batches, self.loss, self.seed, self.facts))
 
+    def curvature(self, *statistics: str) -> Store:
+        """Return second moments of the gradients: those in ``store["curvature"]``, or what the examples give.
+
+        What is measured here (``kfe_fx.curvature.fit``: exact over the labels up to 20 outputs, sampled above) is kept
+        in ``store["curvature"]``, so that several criteria and the repair share it; statistics that it lacks are added.
+        ``facts`` says the source, the sharing rule and the number of examples.
+
+        Args:
+            *statistics: of "kfac", "ekfac" and "diagonal"; see ``fit``.
+
+        Raises:
+            UsageError: the store given is of another network, older than the weights, or lacks a statistic; or there
+                is none, and no data.
+            BadData: gradients are not finite.
+        """
+        held = self.store.get("curvature")
+        if held is not None and held is not self._measured:
+            if not isinstance(held, Store):
+                raise UsageError(f"what is given as curvature is a {type(held).__name__}; give a curvature Store")
+            held.check(self.program, weights=True)
+            if missing := _missing(held, statistics):
+                raise UsageError(f"the curvature statistics given lack {missing[0]!r}; fit them with it")
+        else:
+            held = self.store["curvature"] = self._measured = self._extended(held, statistics)
+        family = held.facts.get("family", "labels of the data")
+        self.facts["curvature"] = f"{held.facts.get('source')} ({family})"
+        self.facts["sharing"] = held.facts.get("sharing")
+        self.facts["examples"] = held.facts.get("examples")
+        return held
+
+    def _extended(self, held: Store | None, statistics: tuple[str, ...]) -> Store:
+        """Return what was measured here before, with what it lacks of ``statistics``."""
+        if held is not None and (held.graph, held.weights) != (graph_hash(self.program), weights_hash(self.program)):
+            held = None  # trained since
+        missing = statistics if held is None else _missing(held, statistics)
+        if held is not None and not missing:
+            return held
+        if self.batches is None:
+            raise UsageError("statistics of the curvature need data, which is not there; give --data")
+        bases = held if held is not None and "ekfac" in missing and not _missing(held, ("kfac",)) else None
+        source = "auto" if held is None else str(held.facts["source"])
+        found = fit(
+            self.program, self.batches, self.loss, statistics=missing, source=source, seed=self.seed,
+            batch_size=self.batches.batch_size, bases=bases,
+        )  # fmt: skip
+        if found.facts["nonfinite"]:
+            block = next(iter(found.facts["nonfinite"]))
+            raise BadData(f"the derivatives of the loss by {block} are not finite; check the data and the weights")
+        if held is None:
+            return found
+        for one, other in ((held, found), (found, held)):
+            if _has_bases(other) and not _has_bases(one):
+                one.share_bases(other)  # of the same factors: stores with and without them would not add
+        return held.merge(found)
+
 
 class Criterion(ABC):
     """A way to score units: the larger the score, the more is lost with the unit.
 
-    ``needs`` names what the context must have: "data", "targets", or entries of ``store``. A criterion never changes
-    the Program, gives the same scores for the same context, and finite ones.
+    ``needs`` names what the context must have: "data", "targets", "curvature" (data will do, see
+    ``ScoreContext.curvature``), or entries of ``store``. A criterion never changes the Program, gives the same scores
+    for the same context, and finite ones.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    predicts: ClassVar[bool] = False  # the scores are changes of the loss, in its unit
 
     @abstractmethod
     def score(self, context: ScoreContext) -> np.ndarray:
@@ -115,11 +176,13 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(spec: str | Criterion | type[Criterion]) -> Criterion:
-    """Return the criterion of that name, or the given one.
+    """Return the criterion of that name, the one of the class that "file.py:Class" names, or the given one.
 
     Raises:
         UsageError: there is none.
     """
+    if isinstance(spec, str) and ":" in spec:
+        spec = load_function(spec)
     if isinstance(spec, Criterion):
         return spec
     if isinstance(spec, type) and issubclass(spec, Criterion):
@@ -168,7 +231,26 @@ def _check_needs(criterion: Criterion, context: ScoreContext) -> None:
             present = context.batches is not None
         elif need == "targets":
             present = context.batches is not None and context.batches.targets() is not None
+        elif need == "curvature":
+            present = need in context.store or context.batches is not None
         else:
             present = need in context.store
         if not present:
             raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")
+
+
+_KEYS = {"kfac": ("A", "G"), "ekfac": ("S",), "diagonal": ("D",)}
+
+
+def _missing(held: Store, statistics: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which of the statistics no block of a store has, though some could."""
+    lacking = []
+    for statistic in dict.fromkeys(statistics):
+        could = [block for block in held.blocks.values() if statistic != "kfac" or block.kind == "kronecker"]
+        if could and not any(key in block.sums for block in could for key in _KEYS[statistic]):
+            lacking.append(statistic)
+    return tuple(lacking)
+
+
+def _has_bases(held: Store) -> bool:
+    return any(block.basis for block in held.blocks.values() if block.kind == "kronecker")

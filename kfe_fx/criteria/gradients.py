@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kfe_fx.criteria import synthetic
+from kfe_fx.curvature.distributed import Group
 from kfe_fx.curvature.fit import EXACT_OUTPUTS
 from kfe_fx.errors import BadData
 from kfe_fx.gates import GatedModule, gated
@@ -20,6 +21,7 @@ from kfe_fx.training.likelihood import Likelihood
 from kfe_fx.training.losses import Loss, cut, settle
 
 DATA_FREE_EXAMPLES = 256
+Rows = TypeVar("Rows")
 
 
 @dataclass
@@ -44,8 +46,7 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
         BadData: a loss without targets to take it on, or gradients that are not finite.
     """
     pass_ = _Pass(source)
-    for batch in pass_.batches():
-        yield pass_.gradients(batch)
+    yield from pass_.each(pass_.gradients)
 
 
 def gate_curvatures(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,8 +63,7 @@ def gate_curvatures(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
         BadData: a loss without targets to take it on, or derivatives that are not finite.
     """
     pass_ = _Pass(source)
-    for batch in pass_.batches():
-        yield pass_.curvatures(batch)
+    yield from pass_.each(pass_.curvatures)
 
 
 def curvature_kind(outputs: Any, batch: Batch, likelihood: Likelihood) -> str:
@@ -103,6 +103,25 @@ class _Pass:
         self.source, self.facts, self.loss = source, source.facts, source.loss
         self.module = gated(source.program, source.analysis)
         self.likelihood = Likelihood(source.loss, source.seed)
+
+    def each(self, work: Callable[[Batch], Rows]) -> Iterator[Rows]:
+        """Yield what ``work`` makes of every batch, in order; in a process group each rank works on its share."""
+        group, held = Group.current(), []
+        for index, batch in enumerate(self.batches()):
+            # labels are drawn per batch, whoever draws them
+            self.likelihood.generator.manual_seed(self.source.seed * 1_000_003 + index)
+            if index % group.size == group.rank:
+                held.append(work(batch))
+            if index % group.size == group.size - 1:
+                yield from self._all(group, held)
+        yield from self._all(group, held)
+
+    @staticmethod
+    def _all(group: Group, held: list[Rows]) -> Iterator[Rows]:
+        found = group.gather(list(held))
+        held.clear()
+        for rows in found:
+            yield from rows
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches, or the examples one at a time where nothing tells them apart."""

@@ -35,6 +35,7 @@ class Fisher(Criterion):
     """
 
     name: ClassVar[str] = "fisher"
+    predicts: ClassVar[bool] = True
 
     def score(self, context: ScoreContext) -> np.ndarray:
         """Return half the mean of g[n, u]^2, [units]."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kfe_fx.curvature.store import Store
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,25 @@ class Group:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def lead(self, work: Callable[[], Value]) -> Value:
+        """Do something on rank 0 alone, such as a measurement, and return the (plain) value on all ranks.
+
+        What is raised there is raised everywhere.
+        """
+        if self.size == 1:
+            return work()
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told = [(work(), None)]
+            except Exception as error:  # noqa: BLE001  (it is raised again, everywhere)
+                told = [(None, error)]
+        dist.broadcast_object_list(told, 0)
+        value, error = told[0]
+        if error is not None:
+            raise error
+        return value
 
     def _taken(self, tensor: Tensor) -> Tensor:
         """Return a tensor that the backend takes: itself, or a copy that is contiguous and on its device."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 FORMAT = "kfe-fx program"
 VERSION = 1
 # Features without which a file cannot be understood. A file that requires one that is not here is refused by name;
-# leaf modules, sub-graphs and gates with state will be such features.
-FEATURES: frozenset[str] = frozenset()
+# leaf modules and sub-graphs will be such features.
+GATES = "hard-concrete-gates"  # parameters of gates that are on: without them it is another network
+FEATURES: frozenset[str] = frozenset({GATES})
 
 GRAPH = "kfe/graph.json"  # beside torch's own data.pkl and data/N
 EXTRA = "kfe/data/"  # tensors that are not in the state dict

@@ -122,6 +122,8 @@ _OTHERS = {
 # Operations of this package that stand in graphs, and the module that registers each.
 OWN: dict[str, str] = {
     "tap": "kfe_fx.taps",
+    "gate": "kfe_fx.gates",
+    "hard_concrete": "kfe_fx.hard_concrete",
     "recurrent": "kfe_fx.recurrent.op",
     **dict.fromkeys(
         ("recurrent_states", "recurrent_product", "recurrent_opened", "recurrent_rows"), "kfe_fx.recurrent.opened"

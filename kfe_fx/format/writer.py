@@ -23,6 +23,7 @@ from kfe_fx.format.graphs import encode_graph
 from kfe_fx.format.reader import read_program
 from kfe_fx.format.tensors import describe, prepared, raw
 from kfe_fx.format.values import encode_template
+from kfe_fx.hard_concrete import learned
 from kfe_fx.program import Program, named_tensors, tied_names
 
 Calibration = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
@@ -195,7 +196,7 @@ def _document(
     return {
         "format": layout.FORMAT,
         "version": layout.VERSION,
-        "requires": [],
+        "requires": [layout.GATES] if learned(program) else [],
         "written_by": {"kfe_fx": __version__, "torch": str(torch.__version__)},
         "byteorder": sys.byteorder,
         "graphs": {mode: encode_graph(graph) for mode, graph in program.graphs.items()},

@@ -16,6 +16,7 @@ from torch import fx, nn
 from kfe_fx import taps
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend.source import of_error
+from kfe_fx.hard_concrete import HARD_CONCRETE
 from kfe_fx.program import Program, copy_graph, get_tensor
 from kfe_fx.recurrent.op import RECURRENT
 from kfe_fx.runtime.recurrent import lower_recurrent
@@ -75,7 +76,8 @@ def refuse_instruments(graph: fx.Graph) -> None:
             continue
         if node.op == "call_function" and getattr(node.target, "namespace", None) == "kfe_fx":
             where = node.meta.get("source") or node.name
-            raise UnsupportedModel(f"{where}: {node.target} is still in the graph; strip the gates before lowering")
+            cure = "finalise-gates folds" if node.target is HARD_CONCRETE else "strip"
+            raise UnsupportedModel(f"{where}: {node.target} is still in the graph; {cure} the gates before lowering")
 
 
 def drop_buffer_writes(graph: fx.Graph) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -105,11 +105,35 @@ class Penalty(Protocol):
         ...
 
 
+class Teacher(Protocol):
+    """What else a network learns from; see ``kfe_fx.training.distil``."""
+
+    weight: float
+
+    @property
+    def loss(self) -> Loss:
+        """What is minimised where ``weight`` is 1."""
+        ...
+
+    @property
+    def likelihood(self) -> str:
+        """What it is a negative log-likelihood of, for curvature from drawn labels: "cross-entropy" or "mse"."""
+        ...
+
+    def run(self, inputs: list[Any], mode: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Run the network that learns; return its flat outputs and activations."""
+        ...
+
+    def term(self, outputs: Any, activations: tuple[Any, ...], batch: Batch) -> Tensor:
+        """Return what is minimised of it, the mean over the examples of a batch."""
+        ...
+
+
 class Trainer:
     """One run: the optimiser, its schedule, and what was seen.
 
-    In a process group each rank works on its share of every batch; gradients are those of the whole batch. A penalty
-    comes on top of these, once: every rank has the same parameters, so every rank adds the same.
+    In a process group each rank works on its share of every batch; gradients are those of the whole batch. Penalties
+    come on top of these, once: every rank has the same parameters, so every rank adds the same.
     """
 
     def __init__(
@@ -121,20 +145,23 @@ class Trainer:
         schedule: str,
         progress: Progress | None,
         group: Group | None = None,
-        penalty: Penalty | None = None,
+        penalty: Penalty | Sequence[Penalty] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """Take ``total`` steps with an optimiser; ``schedule`` is "cosine" (down to zero) or "constant".
 
-        ``penalty`` is in the gradient that the optimiser gets, before it clips; losses are told without it.
+        ``penalty`` (one or several) is in the gradient that the optimiser gets, before it clips; losses are told
+        without it. Of a loss that a ``teacher`` has a share w in, the rest is 1 - w times ``loss``.
         """
         self.program = program
-        self.loss = loss
+        self.teacher = teacher
+        self.loss = teacher.loss if teacher is not None and teacher.weight == 1 else loss
         self.optimizer = optimizer
         self.total = total
         self.cosine = schedule == "cosine"
         self.progress = progress
         self.group = group or Group()
-        self.penalty = penalty
+        self.penalties = () if penalty is None else tuple(penalty) if isinstance(penalty, Sequence) else (penalty,)
         self.record = Record()
         self.stage = "fine-tuning"
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -162,8 +189,8 @@ class Trainer:
         if value is not None:
             value.backward()
         average_gradients(self.parameters, weight, self.group)
-        if self.penalty is not None:
-            self.penalty.add_gradients()
+        for penalty in self.penalties:
+            penalty.add_gradients()
         self.optimizer.step()
         self.record.losses.append(number)
         if self.progress is not None:
@@ -171,14 +198,31 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Tensor:
         module = self.program.module()
-        mode = module.mode()
-        outputs = pack(module.signature.outputs[mode], module.run_flat(batch.inputs, mode))
+        mode, teacher = module.mode(), self.teacher
+        if teacher is None:
+            outputs = pack(module.signature.outputs[mode], module.run_flat(batch.inputs, mode))
+            self._scale(self.loss.name, outputs, batch.count)
+            return self._mean(outputs, batch)
+        flat, activations = teacher.run(batch.inputs, mode)
+        outputs = pack(module.signature.outputs[mode], flat)
+        taught = teacher.term(outputs, activations, batch)
+        if getattr(self.optimizer, "source", "") == "sampled":
+            self.optimizer.sample(outputs, teacher.likelihood)  # type: ignore[attr-defined]
+        else:
+            self._scale(teacher.loss.name if teacher.weight == 1 else self.loss.name, outputs, batch.count)
+        if teacher.weight == 1:
+            return taught
+        return (1 - teacher.weight) * self._mean(outputs, batch) + teacher.weight * taught
+
+    def _mean(self, outputs: Any, batch: Batch) -> Tensor:
         self.loss = settle(self.loss, outputs, batch.targets, batch.count)
-        first = self.optimizer.param_groups[0]
-        if self.loss.name == "mse" and first.get("loss_scale") == 1.0:
-            # the mean square error of O outputs is 2/O times the negative log-likelihood that lr and kl_clip are for
-            first["loss_scale"] = max(1.0, main_output(outputs).numel() / batch.count / 2)
         return self.loss.mean(outputs, batch.targets, batch.count)
+
+    def _scale(self, name: str, outputs: Any, count: int) -> None:
+        first = self.optimizer.param_groups[0]
+        if name in ("mse", "distillation (mse)") and first.get("loss_scale") == 1.0:
+            # the mean square error of O outputs is 2/O times the negative log-likelihood that lr and kl_clip are for
+            first["loss_scale"] = max(1.0, main_output(outputs).numel() / count / 2)
 
     def _refuse(self, number: float) -> None:
         if self.done == 0:

@@ -31,7 +31,13 @@ class PruneData:
 
 
 def arrange(
-    data: Any = None, val: Any = None, sample: Any = None, *, seed: int = 0, fraction: float = HELD_OUT
+    data: Any = None,
+    val: Any = None,
+    sample: Any = None,
+    *,
+    seed: int = 0,
+    fraction: float = HELD_OUT,
+    unlabelled: bool = False,
 ) -> PruneData:
     """Split the data of a run.
 
@@ -42,6 +48,7 @@ def arrange(
             part of what the network was trained on, so it never counts as held out.
         seed: of the split.
         fraction: share of ``data`` that is held out without ``val``.
+        unlabelled: examples without targets train too: there is a teacher who has all of the loss.
 
     Returns:
         Which examples are for what. The calibration examples are 1,024 of the training examples, drawn with the seed.
@@ -63,4 +70,4 @@ def arrange(
     chosen = training if len(training) <= CALIBRATION else training.split(CALIBRATION / len(training), seed + 1)[1]
     shown = "none" if held is None else f"{len(held):,}"
     note = f"{whole.name}: {len(training):,} to train on, {shown} held out, {len(chosen):,} to score with (seed {seed})"
-    return PruneData(chosen, training if training.targets is not None else None, held, note)
+    return PruneData(chosen, training if training.targets is not None or unlabelled else None, held, note)

@@ -14,8 +14,10 @@ from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
 from kfe_fx.training.checkpoint import Identity, cuda_devices, load_checkpoint, restore, save_checkpoint, seed_random
+from kfe_fx.training.distil import Distillation, curvature_source, teach
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.group_lasso import GroupLasso
+from kfe_fx.training.l0 import L0, Weights, check_strength, ensure_gates, notes_of
 from kfe_fx.training.loop import SCHEDULES, Judge, Progress, Trainer, facts_of, probe, run_epochs, steps_of
 from kfe_fx.training.losses import Loss, resolve_loss
 from kfe_fx.training.metrics import resolve_metric
@@ -43,6 +45,11 @@ def train(
     refresh: int | None = None,
     rank: int | None = None,
     group_lasso: float | None = None,
+    l0: float | None = None,
+    l0_weight: Weights = "params",
+    teacher: Program | Distillation | None = None,
+    distil: float | None = None,
+    temperature: float | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
@@ -57,7 +64,7 @@ def train(
 
     Args:
         program: the network; its tensors are changed.
-        data: examples with targets, in any form that ``Batches`` takes.
+        data: examples, in any form that ``Batches`` takes; with targets, unless the teacher has all of the loss.
         loss: see ``resolve_loss``.
         optimizer: "ekfac", "kfac", "adamw" or "sgd"; see ``make_optimizer``.
         epochs: passes over the data; by default about 60,000 examples in 3 to 30 epochs.
@@ -77,6 +84,15 @@ def train(
             clips hold for the sum, and EKFAC and KFAC precondition the sum with the curvature of the loss alone. Losses
             are told without it. The last weights are kept: those of the best epoch may be from before any unit was
             near zero.
+        l0: lambda of a penalty that closes hard concrete gates on whole removable units, see ``L0``; none if not given,
+            or 0. A network without such gates is given them, in place: ``finalise-gates`` makes a plain one of it. Of
+            gradients, losses and weights that are kept the same holds as of group lasso; log alpha takes steps of 30
+            times the learning rate, without weight decay.
+        l0_weight: what a unit costs, "params" or "time"; see ``L0``.
+        teacher: a network to learn from; or a ``Distillation``, which says more. EKFAC and KFAC then measure curvature
+            with labels that are drawn from the network's own distribution.
+        distil: the teacher's share of the loss, 0 to 1; by default 0.9, and 1 where the data has no targets.
+        temperature: that softens its classes; by default 1.
         checkpoint: a file that is written after every epoch.
         resume: go on from ``checkpoint``; the Program must be as it was when the run began.
         threads: number of threads; by default one or two, whichever is faster, and one for each of several processes.
@@ -86,32 +102,44 @@ def train(
         Facts: optimizer, loss, lr, seed, threads, processes, data, after which epoch it was resumed, steps, epochs,
         first and last loss, the mean loss of each epoch, the metric, its value after each epoch, the best epoch (None
         where the last weights are kept), with group lasso what ``GroupLasso.facts`` says of the weights that are kept
-        (else None), and notes.
+        (else None), what ``L0.facts`` says likewise, what the teacher was asked (None without one), and notes.
 
     Raises:
-        UsageError: options that mean nothing, a checkpoint of another run, or the loss stopped being finite.
-        BadData: no examples or no targets, or the loss is not finite from the start.
+        UsageError: options that mean nothing, a teacher of other inputs or outputs, a checkpoint of another run, or the
+            loss stopped being finite.
+        BadData: no examples, or no targets and no teacher, or the loss is not finite from the start.
         BadFile: the checkpoint is missing, damaged or cannot be written.
     """
     if schedule not in SCHEDULES:
         raise UsageError(f"there is no schedule {schedule!r}; choose cosine or constant")
     if resume and checkpoint is None:
         raise UsageError("resume goes on from a checkpoint; say which file")
+    if check_strength(l0 or 0.0) and group_lasso:
+        raise UsageError("group lasso and l0 both drive units to zero; give one of them")
     place = None if checkpoint is None else Path(checkpoint)
     group = Group.current()
     batches, held, told = _divided(program, data, val, loss, batch_size, seed)
     check_shared(batches, group)
     targets = batches.targets()
     found = resolve_loss(loss, targets)
-    if found is None or targets is None:
-        raise BadData("training needs targets, and the data has none")
+    gated = bool(l0) and ensure_gates(program, seed)
+    taught = teach(program, batches, targets, found, teacher, distil, temperature)
+    if taught is not None:
+        batches, found = taught.batches, found if taught.weight < 1 else taught.loss
+    if found is None or (taught is None and targets is None):
+        raise BadData("training needs targets or a teacher, and the data has none")
     total = steps_of(batches, epochs, steps)
-    judge = None if held is None else _judge(program, held, evaluate, batch_size, chooses=not group_lasso)
+    judge = None if held is None else _judge(program, held, evaluate, batch_size, chooses=not (group_lasso or l0))
     document = load_checkpoint(place) if resume and place is not None else None
     share_tensors(program, group)
     lasso = GroupLasso(program, group_lasso) if group_lasso else None
-    live = make_optimizer(program, optimizer, lr, damping=damping, refresh=refresh, rank=rank)
-    trainer = Trainer(program, found, live, total, schedule, progress, group, lasso)
+    closing = L0(program, l0, weight=l0_weight, examples=batches.examples()) if l0 else None
+    learns = taught if taught is not None and taught.weight > 0 else None
+    source = curvature_source(optimizer, drawn=learns is not None)
+    live = make_optimizer(program, optimizer, lr, damping=damping, refresh=refresh, rank=rank, source=source)
+    if closing is not None:
+        closing.attach(live)
+    trainer = Trainer(program, found, live, total, schedule, progress, group, lasso or closing, learns)
     trainer.stage = "training"
     name = None if judge is None else judge.metric.name
     if place is None:
@@ -121,6 +149,8 @@ def train(
             program, (batches.data, held), optimizer=optimizer, loss=found.name, steps=total, batch_size=batch_size,
             lr=trainer.rates[0], schedule=schedule, seed=seed, damping=damping, refresh=refresh, rank=rank,
             metric=name, processes=group.size, group_lasso=None if lasso is None else lasso.strength,
+            **({} if taught is None else taught.identity()),
+            **({} if closing is None else {"l0": closing.strength, "l0_weight": closing.weight}),
         )  # fmt: skip
     if threads is None:
         threads = 1 if group.size > 1 else None if document is None else int(document.get("threads", 1))
@@ -139,6 +169,10 @@ def train(
             fastest_threads(lambda: probe(program, first), threads) as count,
             torch.random.fork_rng(devices=cuda_devices(program)),
         ):
+            if taught is not None:
+                taught.begin(first)
+            if learns is not None and group.size == 1:  # several processes ask about their own shares
+                learns.remember(seed, total, progress)
             seed_random(seed, group)
             if document is not None and identity is not None and place is not None:
                 restore(place, document, identity, trainer)
@@ -154,7 +188,10 @@ def train(
     facts |= {"threads": count, "processes": group.size, "data": told, "resumed": resumed}
     facts |= facts_of(record) | {"epoch_losses": record.epoch_losses, "metric": name, "judged": record.judged}
     facts |= {"best_epoch": record.best_epoch(), "group_lasso": None if lasso is None else lasso.facts()}
-    return facts | {"notes": [*_notes(program, live, group), *_empty_groups(facts["group_lasso"])]}
+    facts["distillation"] = None if taught is None else taught.facts()
+    facts["l0"] = None if closing is None else {**closing.facts(), "inserted": gated}
+    empty = [*_empty_groups(facts["group_lasso"]), *notes_of(facts["l0"])]
+    return facts | {"notes": [*_notes(program, live, group), *empty]}
 
 
 def _judge(program: Program, held: Any, evaluate: Any, batch_size: int, *, chooses: bool) -> Judge:

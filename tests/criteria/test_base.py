@@ -37,7 +37,7 @@ def test_registered_criteria_are_found_by_name(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(UsageError, match=r"no criterion 'x'; choose one of fisher, lm, magnitude"):
+    with pytest.raises(UsageError, match=r"no criterion 'x'; choose one of bn-scale, c-obd, c-obs, fisher"):
         resolve("x")
 
 

@@ -1,0 +1,65 @@
+"""Checks of the arguments of ``prune`` that need no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kfe_fx.cost.budget import Limit
+from kfe_fx.errors import UsageError
+from kfe_fx.runtime.quantise import PRECISIONS
+
+REPAIRS = ("auto", "mean", "none")
+SCHEDULES = ("exponential", "equal", "one-shot", "netadapt", "theis")
+_CHOICES = {
+    "heads": ("auto", "heads", "positions"),
+    "precision": PRECISIONS,
+    "repair": REPAIRS,
+    "schedule": SCHEDULES,
+}
+_COUNTS = {"threads": 1, "batch": 1, "batch_size": 1, "rounds": 1, "epochs": 0}
+
+
+def check_options(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
+    """Refuse options that mean nothing, or not together.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name, known in _CHOICES.items():
+        if given[name] not in known:
+            raise UsageError(f"{name} is {', '.join(known[:-1])} or {known[-1]}, got {given[name]!r}")
+    if given["optimizer"] not in ("adamw", "sgd"):
+        raise UsageError(f"optimizer is adamw or sgd, whose state goes through a removal, got {given['optimizer']!r}")
+    for name, least in _COUNTS.items():
+        value = given[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}")
+    _number(given, "lr", above=True)
+    _number(given, "temperature", above=True)
+    for name in ("penalty", "ewc"):
+        _number(given, name)
+    _number(given, "distil", most=1.0)
+    for name in ("stop_at_loss", "stop_at_accuracy"):
+        _number(given, name, least=-math.inf)
+    if limits[0].metric == "widths" and (given["keep"] or given["floor"] or given["cap"]):
+        raise UsageError("a budget of widths cuts all layers alike: keep, floor and cap go with the other metrics")
+    if given["temperature"] is not None and not given["distil"]:
+        raise UsageError("a temperature is of distillation; say distil= too, the dense network's share of the loss")
+    if given["features"] and not given["distil"]:
+        raise UsageError("features are compared by distillation; say distil= too, the dense network's share")
+    if given["schedule"] == "one-shot" and (given["rounds"] or 1) != 1:
+        raise UsageError("the schedule one-shot has one round; drop rounds, or choose exponential or equal")
+
+
+def _number(
+    given: Mapping[str, Any], name: str, *, above: bool = False, least: float = 0.0, most: float = math.inf
+) -> None:
+    value = given[name]
+    if value is None:
+        return
+    fine = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    if not fine or (above and value <= least):
+        bounds = "above 0" if above else f"from 0 to {most:g}" if math.isfinite(most) else "of at least 0"
+        raise UsageError(f"{name} is a number {'' if math.isinf(least) else bounds}".rstrip() + f", got {value!r}")

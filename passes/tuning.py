@@ -1,0 +1,98 @@
+"""The fine-tuning of a pruning run: one optimiser through all rounds, and what the dense network still has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kfe_fx.curvature.fit import fit
+from kfe_fx.passes.cutting import State
+from kfe_fx.passes.settings import Settings
+from kfe_fx.plan import Plan
+from kfe_fx.program import Program
+from kfe_fx.training.distil import Distillation
+from kfe_fx.training.features import kept_features, matching, points
+from kfe_fx.training.finetune import default_epochs, finetune
+from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
+from kfe_fx.training.prune_data import PruneData
+
+BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
+CURVATURE_EXAMPLES = 256  # of the elastic penalty
+
+
+@dataclass
+class Tuner:
+    """Trains the small network of a run for its share of all steps; the dense one is the teacher where it is asked to.
+
+    The optimiser goes on over removals with what is left of its state, and anew where branches went.
+    """
+
+    settings: Settings
+    data: PruneData
+    dense: Program
+    progress: Callable[[str, float | None], None]
+    optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train on, and leave to."""
+        return self.data.training is not None and self.settings.epochs != 0
+
+    def steps(self, rounds: int, *, last: bool) -> int:
+        """Return how many steps one of several rounds gets."""
+        training, settings = self.data.training, self.settings
+        assert training is not None
+        epochs = settings.epochs if settings.epochs is not None else default_epochs(len(training))
+        per_epoch = max(1, len(training) // settings.batch_size)
+        share = 1.0 if rounds == 1 else (1 - BETWEEN) if last else BETWEEN / (rounds - 1)
+        return max(1, round(epochs * per_epoch * share))
+
+    def follow(self, before: State, after: State, step: Plan) -> None:
+        """Cut the optimiser's state as the network was cut."""
+        if after.shallow is not before.shallow:
+            self.optimizer = None
+        elif self.optimizer is not None:
+            self.optimizer = slice_optimizer(self.optimizer, before.small, after.small, step)
+
+    def run(self, state: State, steps: int, seed: int, penalties: Any = None, program: Program | None = None) -> Any:
+        """Train in place and return the facts; ``program`` is another view of the same tensors to run."""
+        settings = self.settings
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(state.small, settings.optimizer, settings.lr)
+        return finetune(
+            program or state.small,
+            self.data.training,
+            settings.loss,
+            steps=steps,
+            batch_size=settings.batch_size,
+            optimizer=self.optimizer,
+            schedule="cosine",
+            seed=seed,
+            progress=self.progress,
+            teacher=self._teacher(state),
+            ewc=self._held(state),
+            penalties=penalties,
+        )
+
+    def _teacher(self, state: State) -> Distillation | None:
+        settings = self.settings
+        if not settings.distil:
+            return None
+        features: Any = None
+        if settings.features:
+            names = matching(list(points(state.small)), settings.features)
+            features = kept_features(state.shallow.program, state.plan, names)
+        return Distillation(self.dense, settings.distil, settings.temperature, features=features)
+
+    def _held(self, state: State) -> Any:
+        settings, sample = self.settings, self.data.calibration
+        if not settings.ewc or sample is None:
+            return None
+        store = fit(
+            state.small, sample.first(CURVATURE_EXAMPLES), settings.loss, statistics="ekfac",
+            batch_size=settings.batch_size, seed=settings.seed,
+        )  # fmt: skip
+        return store, settings.ewc

@@ -1,0 +1,295 @@
+"""Schedules of one loop, floors that end it, and what is told of the loss on the way."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfe_fx
+from kfe_fx.criteria import Criterion, ScoreContext
+from kfe_fx.errors import UsageError
+from kfe_fx.frontend.capture import capture
+from kfe_fx.labels.analysis import Analysis, analyze
+from kfe_fx.passes.prune import PruneResult, prepare, prune
+from kfe_fx.passes.schedules import round_ratios
+from kfe_fx.passes.theis import DECAY, Signals
+from kfe_fx.program import Program
+
+
+class Net(nn.Module):
+    """Classes of the sign of two inputs; most hidden units have no say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.head = nn.Linear(4, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.mid(F.relu(self.up(x)))))
+
+
+def data(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.3).long()
+
+
+@pytest.fixture(scope="module")
+def trained() -> Program:
+    torch.manual_seed(0)
+    program = capture(Net().eval(), data(2)[0])
+    kfe_fx.train(program, data(600), val=False, optimizer="adamw", lr=1e-2, epochs=6, threads=1)
+    return program
+
+
+def run(program: Program, **options: Any) -> PruneResult:
+    given: dict[str, Any] = {"budget": 0.5, "metric": "macs", "data": data(400), "val": data(400, 9), "epochs": 2}
+    return prune(program, **(given | options))
+
+
+def accuracy(program: Any, seed: int = 5) -> float:
+    x, y = data(500, seed)
+    return float((program(x).argmax(1) == y).float().mean())
+
+
+def cross_entropy(program: Program, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float(F.cross_entropy(program(x), y))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rounds", "expected"),
+    [
+        ("exponential", 2, [0.5, 0.25]),
+        ("equal", 3, [0.75, 0.5, 0.25]),
+        ("one-shot", None, [0.25]),
+        ("exponential", None, [0.25 ** (k / 4) for k in (1, 2, 3)] + [0.25]),
+        ("netadapt", None, [0.25 ** (k / 10) for k in range(1, 10)] + [0.25]),
+    ],
+)
+def test_what_remains_after_each_round(trained: Program, schedule: str, rounds: int | None, expected: list[float]):
+    job = prepare(trained, budget=0.25, metric="macs", schedule=schedule, rounds=rounds)
+    found = round_ratios(job.settings, {"macs": 0.25}, trains=True)
+    assert [entry["macs"] for entry in found] == pytest.approx(expected, abs=1e-15)
+    assert found[-1] == {"macs": 0.25}
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "equal", "one-shot", "netadapt", "theis"])
+def test_every_schedule_meets_the_budget_and_keeps_what_matters(trained: Program, schedule: str):
+    rounds = {"one-shot": None, "netadapt": 3}.get(schedule, 2)
+    result = run(trained, schedule=schedule, rounds=rounds, epochs=4)
+    certificate = result.certificate
+    assert certificate.feasible
+    assert certificate.after["macs"] <= 0.5 * certificate.before["macs"]
+    assert len(certificate.rounds) == (rounds or 1)
+    assert certificate.masked_error < 1e-5
+    assert accuracy(result.program) > accuracy(trained) - 0.05
+
+
+def test_netadapt_takes_one_group_a_round(trained: Program):
+    result = run(trained, schedule="netadapt", rounds=4, epochs=0, budget=0.6)
+    assert result.certificate.feasible
+    # of two groups: a round that cuts both would be the common selection
+    x, plan = data(2)[0], result.plan
+    assert set(plan.kept) <= set(trained.state_dict())
+    assert result.program(x).shape == (2, 3)
+
+
+class Once(Criterion):
+    """Scores that say of each group that its first units go."""
+
+    name: ClassVar[str] = "in order"
+    predicts: ClassVar[bool] = True
+
+    def score(self, context: ScoreContext) -> np.ndarray:
+        return np.arange(1.0, len(context.analysis.units) + 1)
+
+
+# signals of training ------------------------------------------------------------------------------------------------
+
+
+def gate_gradients(program: Program, analysis: Analysis, x: Tensor, y: Tensor, gone: frozenset[int]) -> np.ndarray:
+    """Differentiate each example's loss by hand-set gates on the two hidden layers, [N, units]."""
+    net = program.state_dict()
+    ups = [group.units for group in analysis.groups]
+    rows = []
+    for one, label in zip(x, y, strict=True):
+        gates = [
+            torch.tensor([float(u not in gone) for u in units], dtype=x.dtype, requires_grad=True) for units in ups
+        ]
+        h = F.relu(F.linear(one, net["up.weight"], net["up.bias"]) * gates[0])
+        h = F.relu(F.linear(h, net["mid.weight"], net["mid.bias"]) * gates[1])
+        loss = F.cross_entropy(F.linear(h, net["head.weight"], net["head.bias"])[None], label[None])
+        row = np.zeros(len(analysis.units))
+        for units, grad in zip(ups, torch.autograd.grad(loss, gates), strict=True):
+            row[list(units)] = grad.numpy()
+        rows.append(row)
+    return np.stack(rows)
+
+
+def test_signals_are_the_running_fisher_scores_of_the_gates():
+    torch.manual_seed(0)
+    program = capture(Net().double().eval(), data(2)[0].double())
+    analysis = analyze(program)
+    assert [group.name for group in analysis.groups] == ["up", "mid"]
+    asked: list[float] = []
+    gone = frozenset(analysis.groups[0].units[:2])
+
+    def choose(scores: np.ndarray, share: float) -> frozenset[int]:
+        asked.append(share)
+        return gone
+
+    signals = Signals(program, analysis, choose, total=4, every=2)
+    view = signals.view()
+    view.train()
+    expected = np.zeros(len(analysis.units))
+    for step in range(4):
+        x, y = data(7, step)
+        x = x.double()
+        masked = gone if step >= 2 else frozenset()
+        g = gate_gradients(program, analysis, x, y, masked)
+        expected = DECAY * expected + (1 - DECAY) * (g**2).mean(0) / 2
+        F.cross_entropy(view(x), y).backward()
+        signals.add_gradients()
+        np.testing.assert_allclose(signals.scores, expected, rtol=1e-12, atol=1e-15)
+    assert asked == [0.5, 1.0]
+    assert signals.masked == gone
+    np.testing.assert_allclose(signals.estimates(), expected / (1 - DECAY**4), rtol=1e-12)
+    assert not signals.scores_with_masked_first()[list(gone)].any()
+    # the gradients of the weights are there too, and those of masked units are none
+    grad = program.module().get_parameter("up.weight").grad
+    assert grad is not None
+    assert grad.abs().sum() > 0
+
+
+def test_theis_needs_training(trained: Program):
+    with pytest.raises(UsageError, match="while it trains"):
+        run(trained, schedule="theis", epochs=0)
+
+
+# floors --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_of_accuracy_ends_the_rounds_before_it_is_crossed(trained: Program):
+    floor = accuracy(trained, 9) - 0.03
+    result = run(trained, budget=0.12, epochs=0, repair="none", stop_at_accuracy=floor)
+    certificate = result.certificate
+    assert not certificate.feasible
+    assert certificate.binding.startswith("stop-at-accuracy: the next round, to ")
+    assert certificate.quality["right_after"] >= floor
+    assert accuracy(result.program, 9) >= floor
+    assert 0 < len(certificate.rounds) < 8
+    assert certificate.after["macs"] < certificate.before["macs"]
+
+
+def test_a_floor_of_loss_that_is_never_reached_changes_nothing(trained: Program):
+    plain = run(trained, epochs=0, rounds=3)
+    floored = run(trained, epochs=0, rounds=3, stop_at_loss=1e6)
+    assert floored.plan.kept == plain.plan.kept
+    assert floored.certificate.feasible
+    assert "loss" in floored.certificate.rounds[0]["held_out"]
+
+
+def test_a_floor_of_loss_that_no_round_keeps_leaves_the_network(trained: Program):
+    result = run(trained, budget=0.05, epochs=0, rounds=1, stop_at_loss=1e-9)
+    assert not result.certificate.feasible
+    assert result.certificate.after == result.certificate.before
+    assert not result.plan.kept
+
+
+def test_floors_need_held_out_examples(trained: Program):
+    with pytest.raises(UsageError, match="stop-at-loss is measured on held-out examples"):
+        prune(trained, budget=0.5, metric="macs", stop_at_loss=1.0)
+    with pytest.raises(UsageError, match="stop-at-accuracy is measured on held-out examples"):
+        prune(trained, budget=0.5, metric="macs", stop_at_accuracy=0.5)
+
+
+# what is told --------------------------------------------------------------------------------------------------------
+
+
+def test_losses_around_a_surgery_are_told(trained: Program):
+    result = run(trained, epochs=0, rounds=2, criterion=Once)
+    x, y = data(400)
+    entries = [entry["loss"] for entry in result.certificate.rounds]
+    assert entries[0]["of"] == "cross-entropy"
+    assert entries[0]["before"] == pytest.approx(cross_entropy(trained, x, y), rel=1e-5)
+    assert entries[1]["before"] == entries[0]["repaired"]
+    assert entries[-1]["repaired"] == pytest.approx(cross_entropy(result.program, x, y), rel=1e-5)
+    assert all(entry["repaired"] <= entry["removed"] for entry in entries)
+    told = result.certificate.loss
+    assert told["realised_change"] == pytest.approx(sum(e["removed"] - e["before"] for e in entries))
+    assert told["predicted_change"] == pytest.approx(sum(e["predicted_change"] for e in entries))
+    assert any("unrepaired" in row[0] for row in result.certificate.table())
+    assert result.certificate.capacity["before"] > 0
+
+
+def test_a_criterion_that_predicts_no_loss_promises_none(trained: Program):
+    certificate = run(trained, epochs=0, criterion="magnitude").certificate
+    assert certificate.loss["predicted_change"] is None
+
+
+def test_the_step_size_constraint_makes_small_units_go(trained: Program):
+    """With a huge lambda the ranking is that of the squared weights alone."""
+    analysis = analyze(trained)
+    plain, held = (run(trained, epochs=0, criterion=Once, penalty=each).plan for each in (0.0, 1e9))
+    assert plain.kept != held.kept
+    squares = np.zeros(len(analysis.units))
+    for unit in analysis.units:
+        for name, dims in unit.slices.items():
+            for dim, indices in dims.items():
+                value = trained.tensor(name).detach().double().index_select(dim, torch.tensor(indices))
+                squares[unit.id] += float(value.square().sum())
+    for group in analysis.groups:
+        gone = [unit for unit in held.units(analysis) if unit in group.units]
+        lowest = sorted(group.units, key=lambda unit: squares[unit])[: len(gone)]
+        assert set(gone) == set(lowest)
+
+
+# what fine-tuning learns from ----------------------------------------------------------------------------------------
+
+
+def test_the_dense_network_teaches_without_targets(trained: Program):
+    x = data(400)[0]
+    plain = prune(trained, budget=0.3, metric="macs", data=x, repair="none", distil=None, epochs=3)
+    taught = prune(trained, budget=0.3, metric="macs", data=x, repair="none", distil=1.0, epochs=8, lr=1e-2)
+    assert "finetune" not in plain.certificate.rounds[0]
+    assert taught.certificate.rounds[-1]["finetune"]["distillation"]["weight"] == 1.0
+    y = trained(x)
+    assert F.mse_loss(taught.program(x), y) < 0.3 * F.mse_loss(plain.program(x), y)
+
+
+def test_elastic_penalty_holds_the_weights(trained: Program):
+    ends = []
+    for strength in (None, 30.0):
+        result = run(trained, ewc=strength, rounds=1, epochs=2, lr=1e-2, optimizer="sgd")
+        start = run(trained, rounds=1, epochs=0)
+        assert start.plan.kept == result.plan.kept
+        moved = sum(
+            float((value - start.program.state_dict()[name]).square().sum())
+            for name, value in result.program.state_dict().items()
+        )
+        ends.append(moved)
+    assert ends[1] < 0.5 * ends[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"schedule": "often"}, "schedule is exponential, equal"),
+        ({"repair": "all"}, "repair is auto, mean or none"),
+        ({"penalty": -1.0}, "penalty is a number"),
+        ({"distil": 1.5}, "distil is a number from 0 to 1"),
+        ({"temperature": 2.0}, "say distil= too"),
+        ({"features": ["mid"]}, "say distil= too"),
+        ({"schedule": "one-shot", "rounds": 3}, "one-shot has one round"),
+        ({"distil": 0.5, "features": ["nothing.*"]}, "no activation is called"),
+        ({"ewc": float("nan")}, "ewc is a number"),
+        ({"stop_at_loss": "low"}, "stop_at_loss is a number"),
+    ],
+)
+def test_options_that_mean_nothing(trained: Program, options: dict[str, Any], says: str):
+    with pytest.raises(UsageError, match=says):
+        run(trained, **options)
