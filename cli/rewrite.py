@@ -50,12 +50,19 @@ def command(
         mode=input|full  cell_norm=none|scalar|channel  statistics=step|shared  t_max=N
     finalise-recurrent        pool and freeze their statistics, before the last fine-tuning
     fold-recurrent-batchnorm  fold them into plain layers
-    capture-curvature, strip-curvature
+    decompose-kfe             layers as narrow products in their eigenbases, where that is faster (EigenDamage)
+        time=0.7 | ratio=0.5 | importance=0.1  layers=GLOB  statistics=product|moments
+    decompose-svd             the same by singular values
+        time=0.7 | ratio=0.5 | importance=0.1  layers=GLOB  of=weights|outputs
+    insert-gates              a gate per unit; mode=hard_concrete for kfe-fx train --l0
+    finalise-gates            fold trained gates into the weights and remove the closed units
+    strip-gates, capture-curvature, strip-curvature
 
     \b
     Examples:
       kfe-fx rewrite models/char_lstm.pt batchnorm-recurrent -o bn.pt
       kfe-fx rewrite bn.pt finalise-recurrent,fold-recurrent-batchnorm -o plain.pt
+      kfe-fx rewrite models/glyphs_resnet.pt 'decompose-kfe{time=0.7}' -o low.pt
     """
     targets.require_model(model)
     targets.require_folder(target.parent)

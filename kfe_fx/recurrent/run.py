@@ -35,7 +35,9 @@ def run(call: Arguments, norms: MakeNorms | None = None) -> tuple[Tensor, Tensor
     # takes four times as long as the loop.
     padded = training and order.alive is not None and value.device.type == "cpu"
     gated = call.gate is not None or call.cell_gate is not None
-    if norms is not None or call.normalised or gated or padded:
+    # PyTorch's kernel tells a projection from none by the widths, and takes one onto as many units for none
+    square = call.weight_hr is not None and call.weight_hr.shape[0] == call.weight_hr.shape[1]
+    if norms is not None or call.normalised or gated or padded or square:
         output, h_n, c_n = run_loop(call, value, order, (h0, c0), norms)
     else:
         output, h_n, c_n = run_fused(call.cell, value, order, (h0, c0), weights, training=training)

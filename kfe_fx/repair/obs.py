@@ -14,6 +14,7 @@ from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 
 DAMPING = 1e-3
+INPUTS, OUTPUTS, BOTH = SIDES = ("inputs", "outputs", "both")
 
 
 def obs_weights(
@@ -22,7 +23,7 @@ def obs_weights(
     plan: Plan,
     *,
     damping: float = DAMPING,
-    inputs_only: bool = False,
+    sides: str = INPUTS,
     blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights that make good what a plan removes, as far as the captured curvature tells.
@@ -41,8 +42,10 @@ def obs_weights(
         store: its statistics "kfac" (``kfe_fx.curvature.fit``), of these very weights.
         plan: what goes, in the indices of ``program``.
         damping: times the mean eigenvalue of each factor, added to it: less motion where little was measured.
-        inputs_only: let weights move only for inputs that they lose (Y = 0): least squares on the captured inputs,
-            which knows nothing of the loss behind. Else rows move for removed rows of their layer as well.
+        sides: what weights move for. "inputs": columns of inputs that they lose (Y = 0), which is least squares on the
+            captured inputs and needs no model of the loss. "outputs": rows of their own layer (X = 0), as Kron-OBS.
+            "both": the minimiser per block. Over a whole network that overshoots: a removed unit is made good by the
+            rows beside it and again by those who read it, because the blocks know nothing of each other.
         blocks: those of ``find_blocks`` where they are known already.
 
     Returns:
@@ -51,11 +54,13 @@ def obs_weights(
         cut along whole rows and columns, or have no Kronecker factors, stay as they are cut.
 
     Raises:
-        UsageError: the statistics are of another network or older than the weights, or hold no factors, or the damping
-            means nothing, or without damping a factor has no inverse.
+        UsageError: the statistics are of another network or older than the weights, or hold no factors, an option means
+            nothing, or without damping a factor has no inverse.
         PlanError: the plan is of another network.
     """
     check_damping(damping, TIKHONOV, has_factors=True)
+    if sides not in SIDES:
+        raise UsageError(f"there are the sides {', '.join(SIDES)}, not {sides!r}")
     store.check(program, weights=True)
     found = [block for block in (blocks or find_blocks(program)).blocks if block.kind == "kronecker"]
     if found and not any({"A", "G"} <= store.blocks[block.name].sums.keys() for block in found):
@@ -67,7 +72,7 @@ def obs_weights(
     with torch.no_grad():
         for block in found:
             if any(name in masks for name in block.parameters) and _compensate(
-                block, store, after, masks, damping, inputs_only
+                block, store, after, masks, damping, sides
             ):
                 changed |= set(block.parameters)
     aliases = {name: program.names_of(name) for name in sorted(changed)}
@@ -138,7 +143,7 @@ def _compensate(
     after: dict[str, Tensor],
     masks: dict[str, Tensor],
     damping: float,
-    inputs_only: bool,
+    sides: str,
 ) -> bool:
     """Write the compensated weights of a block into tensors of the large shapes; tell whether any entry moved."""
     held = store.blocks[block.name]
@@ -152,8 +157,7 @@ def _compensate(
     if not bool((mask == rows.unsqueeze(2) & columns.unsqueeze(1)).all()):
         return False  # what goes of it is no rows and columns
     A, G = held.A.double().cpu(), held.G.double().cpu()
-    made = outputs_of(block)
-    moves = {side: not inputs_only or made != {side} for side in (ROWS, COLUMNS)}
+    moves = _moving(block, sides)
     weight = block.matrix(after).cpu()
     new, moved = weight * mask, False
     for group in range(block.shape[0]):
@@ -162,8 +166,8 @@ def _compensate(
             continue
         new[group] = compensated(
             weight[group],
-            A[group] if moves[COLUMNS] else None,
-            G[group] if moves[ROWS] else None,
+            A[group] if COLUMNS in moves else None,
+            G[group] if ROWS in moves else None,
             keep,
             read,
             damping,
@@ -172,6 +176,13 @@ def _compensate(
     if moved:
         block.put(new.to(after[block.weight].device), after)
     return moved
+
+
+def _moving(block: Block, sides: str) -> set[str]:
+    """Return whether "rows", "columns" or both of a block make good what is lost of their side."""
+    made = outputs_of(block)
+    read = {COLUMNS if side == ROWS else ROWS for side in made}
+    return {ROWS, COLUMNS} if sides == BOTH else set(made) if sides == OUTPUTS else read
 
 
 def _cut(value: Tensor, name: str, plan: Plan) -> Tensor:

@@ -448,7 +448,7 @@ def test_the_onnx_file_computes_the_same(name: str, tmp_path: Path):
         module, x = build(name)
     else:
         module, x = NETS[name](), torch.randn(3, 5, INPUTS)
-    found = gated(capture(module.float(), x.float()), 4)
+    found = gated(capture(module.float(), x.float()), 3)
     result = FinaliseGates().run(found)
     assert result.facts["removed"]
     kfe_fx.save(result.program, tmp_path / "small.pt")

@@ -209,3 +209,17 @@ def test_what_does_not_fit_is_refused_in_one_line():
         RECURRENT(x, None, None, *weights, torch.tensor([0, 6, 2, 3]), cell="lstm")
     with pytest.raises(BadData, match="whole numbers"):
         RECURRENT(x, None, None, *weights, LENGTHS.double(), cell="lstm")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_projection_onto_as_many_units_is_one(given: bool):
+    """What a removal may leave; PyTorch's kernel would take the layer for one without projection."""
+    x, square = inputs(BATCH, STEPS, INPUTS), inputs(HIDDEN, HIDDEN)
+    weights = inputs(4 * HIDDEN, INPUTS), inputs(4 * HIDDEN, HIDDEN) / 2, inputs(4 * HIDDEN), inputs(4 * HIDDEN)
+    held = (inputs(BATCH, HIDDEN), inputs(BATCH, HIDDEN)) if given else (None, None)
+    call = Arguments(x, *held, *weights, square, cell="lstm")
+    expected = slow(call)
+    output, h_n, c_n = recurrent(x, *held, *weights, square, cell="lstm")
+    close(output, expected.output)
+    close(h_n, expected.h_n)
+    close(c_n, expected.c_n)
