@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from kfe_fx.curvature.store import Store
 from kfe_fx.embedding import embed, relative
-from kfe_fx.errors import PlanError
+from kfe_fx.errors import PlanError, UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.branches import find_branches
 from kfe_fx.passes.drop_branches import DropBranches, measure_branch_means
@@ -23,6 +25,7 @@ from kfe_fx.passes.shallow import Shallow
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
+from kfe_fx.repair.obs import obs_weights
 from kfe_fx.training.prune_data import PruneData
 
 STATISTICS_EXAMPLES = 2048
@@ -92,6 +95,7 @@ class Cutter:
         scores: np.ndarray | None = None,
         *,
         before: Program | None = None,
+        store: Store | None = None,
         prove: bool = True,
     ) -> Cut:
         """Remove units (those that are gone already among them), then mend what is left.
@@ -102,6 +106,7 @@ class Cutter:
             scores: of those units, for the plan.
             before: what the rest is to compute again, where that is not the network of ``state``: the same one with
                 the branches that were dropped since.
+            store: curvature factors of the network of ``state``, whose update of the survivors is tried as well.
             prove: whether to compare with the masked original; without, repair looks at fewer examples too.
 
         Raises:
@@ -117,11 +122,12 @@ class Cutter:
         if removed == state.removed and not plan.dropped:  # nothing went: nothing is to be repaired
             return Cut(state, step, error, {})
         known = {"unrepaired": self._loss(small)} if prove and self._data.calibration is not None else {}
-        small, facts = self._repair(state.small, small, step, before or state.small, quick=not prove)
+        obs = {} if store is None or before not in (None, state.small) else _compensated(state.small, store, step)
+        small, facts = self._repair(state.small, small, step, before or state.small, obs, quick=not prove)
         return Cut(State(small, state.shallow, removed, plan), step, error, facts | known)
 
     def _repair(
-        self, present: Program, small: Program, step: Plan, before: Program, *, quick: bool
+        self, present: Program, small: Program, step: Plan, before: Program, obs: dict[str, Tensor], *, quick: bool
     ) -> tuple[Program, dict[str, Any]]:
         """Fold means, fit every layer to what ``before`` computed there, and re-estimate statistics if that helps."""
         sample, size, how = self._data.calibration, self._settings.batch_size, self._settings.repair
@@ -138,10 +144,19 @@ class Cutter:
         limit = QUICK if quick else RECONSTRUCTION
         fitted = small
         if how == "auto" and len(sample) > 1:
-            found = Reconstruct(before, step, sample, batch_size=size, limit=limit, seed=self._settings.seed).run(small)
+            others = {"obs": obs} if obs else {}
+            fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=self._settings.seed)
+            found = fit.run(small)
             fitted, layers = found.program, found.facts["layers"]
             facts["repaired"] = dict(Counter(layer["method"] for layer in layers.values()))
         fresh = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(fitted).program
         if fitted is small or fresh is fitted:
             return fresh, facts
         return min((fitted, fresh), key=self._loss), facts
+
+
+def _compensated(present: Program, store: Store, step: Plan) -> dict[str, Tensor]:
+    try:
+        return obs_weights(present, store, step)
+    except UsageError:  # trained since it was scored, or this round cuts across units of the smaller network
+        return {}

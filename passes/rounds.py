@@ -113,6 +113,7 @@ class Rounds:
         self._go_to(State(self.original.copy().eval(), whole, frozenset(), Plan(heads=settings.heads)))
         self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scoring: dict[str, Any] = {}
+        self.curvature: Any = None  # factors of the network that was scored last, where the criterion took some
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
             raise UnsupportedModel(
@@ -255,6 +256,7 @@ class Rounds:
         if first and settings.store is not None:
             context.store["curvature"] = settings.store
         scores = score(settings.criterion, context)
+        self.curvature = context.store.get("curvature")
         if settings.penalty:
             scores = scores + 0.5 * settings.penalty * squared_norms(analysis)
         self.scoring = dict(context.facts)
@@ -357,7 +359,8 @@ class Rounds:
             shallow = self.selector.shallow(selection.dropped)
             dropped = self.cutter.drop(state, shallow, selection.dropped, prove=prove)
             state, removed, error, scores = dropped.state, shallow.units_of(removed), dropped.error, None
-        cut = self.cutter.remove(state, removed, scores, before=self.state.small, prove=prove)
+        store = None if selection.dropped or not prove else self.curvature
+        cut = self.cutter.remove(state, removed, scores, before=self.state.small, store=store, prove=prove)
         return cut, max(error, cut.error)
 
     def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -154,10 +154,11 @@ class Criterion(ABC):
         raise UsageError(f"the criterion {self.name!r} scores units only, not single weights; choose another")
 
 
+C = TypeVar("C", bound=Criterion)
 _REGISTRY: dict[str, Callable[[], Criterion]] = {}
 
 
-def register(criterion: type[Criterion]) -> type[Criterion]:
+def register(criterion: type[C]) -> type[C]:
     """Make a criterion (a class that takes no arguments) known under its ``name``; use it as a decorator.
 
     Raises:
@@ -239,7 +240,7 @@ def _check_needs(criterion: Criterion, context: ScoreContext) -> None:
             raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")
 
 
-_KEYS = {"kfac": ("A", "G"), "ekfac": ("S",), "diagonal": ("D",)}
+SUMS = {"kfac": ("A", "G"), "ekfac": ("S",), "diagonal": ("D",)}  # of a block, by statistic
 
 
 def _missing(held: Store, statistics: tuple[str, ...]) -> tuple[str, ...]:
@@ -247,7 +248,7 @@ def _missing(held: Store, statistics: tuple[str, ...]) -> tuple[str, ...]:
     lacking = []
     for statistic in dict.fromkeys(statistics):
         could = [block for block in held.blocks.values() if statistic != "kfac" or block.kind == "kronecker"]
-        if could and not any(key in block.sums for block in could for key in _KEYS[statistic]):
+        if could and not any(key in block.sums for block in could for key in SUMS[statistic]):
             lacking.append(statistic)
     return tuple(lacking)
 

@@ -27,8 +27,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from kfe_fx.criteria.base import Criterion, ScoreContext, register
-from kfe_fx.criteria.members import Members, Sets, find_members
+from kfe_fx.criteria.base import SUMS, Criterion, ScoreContext, register
+from kfe_fx.criteria.members import Sets, find_members
 from kfe_fx.criteria.quadratics import (
     Lines,
     compensated_change,
@@ -88,41 +88,36 @@ class Scoring:
         facts, units = self.context.facts, len(self.context.analysis.units)
         scores = np.full(units, np.nan)
         store = self.context.curvature(statistics) if self.members else None
+        wanted = SUMS[statistics]
         for side, model in models:
-            self._fill(scores, store, side, model)
+            self._fill(scores, store, wanted, side, model)
         if np.isnan(scores).any():
             self._fill_diagonal(scores)
         for side, model in last:
-            self._fill(scores, store, side, model)
+            self._fill(scores, store, wanted, side, model)
         facts["unmeasured"] = int(np.isnan(scores).sum())
         return np.where(np.isnan(scores), scores[~np.isnan(scores)].max(initial=0.0), scores)
 
-    def _fill(self, scores: np.ndarray, store: Store | None, side: str, model: Model) -> None:
+    def _fill(self, scores: np.ndarray, store: Store | None, wanted: tuple[str, ...], side: str, model: Model) -> None:
+        if store is None or not np.isnan(scores).any():
+            return
         total, found = np.zeros(len(scores)), np.zeros(len(scores), dtype=bool)
-        for members in self.members if np.isnan(scores).any() and store is not None else ():
+        for members in self.members:
+            held = store.blocks[members.block.name]
+            measured = all(key in held.sums for key in wanted)
+            if not measured and members.block.name in store.facts.get("nonfinite", {}):
+                raise BadData(f"nothing finite was measured of {members.block.name}; fit the curvature again")
             for lying in sorted(getattr(members, side)):
-                self._add(total, found, members, lying, store, model)
+                every = list(members.sets(lying))
+                for sets in every:
+                    found[sets.units.numpy()] = True
+                if not every or not measured:  # where no gradient comes nothing is lost
+                    continue
+                lines = lines_of(members, lying, self.context.program, held)
+                for sets in every:
+                    np.add.at(total, sets.units.numpy(), model(lines, sets).clamp_min(0).numpy())
         fresh = found & np.isnan(scores)
         scores[fresh] = total[fresh]
-
-    def _add(
-        self, total: np.ndarray, found: np.ndarray, members: Members, lying: str, store: Store | None, model: Model
-    ) -> None:
-        every = list(members.sets(lying))
-        for sets in every:
-            found[sets.units.numpy()] = True
-        held = None if store is None else store.blocks[members.block.name]
-        if not every or store is None or held is None:
-            return
-        if not held.sums:  # no gradient comes here, and nothing is lost: unless it came and was no number
-            if members.block.name in store.facts.get("nonfinite", {}):
-                raise BadData(
-                    f"nothing finite was measured of {members.block.name}; fit the curvature statistics again"
-                )
-            return
-        lines = lines_of(members, lying, self.context.program, held)
-        for sets in every:
-            np.add.at(total, sets.units.numpy(), model(lines, sets).clamp_min(0).numpy())
 
     def _fill_diagonal(self, scores: np.ndarray) -> None:
         """Score what is left by the entries of blocks that have second moments alone."""
@@ -131,12 +126,8 @@ class Scoring:
         wanted = []
         for block in self.blocks.blocks:
             layout = analysis.params.get(self.context.program.names_of(block.weight)[0], ())
-            owned = [ids for layers in layout for ids in layers]
-            if (
-                block.kind != "kronecker"
-                and block.uses.get("eval")
-                and any(missing[ids[ids >= 0]].any() for ids in owned)
-            ):
+            asked = any(missing[ids[ids >= 0]].any() for layers in layout for ids in layers)
+            if block.kind != "kronecker" and block.uses.get("eval") and asked:
                 wanted.append((block, layout))
         if not wanted:
             return

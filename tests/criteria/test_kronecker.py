@@ -255,6 +255,8 @@ def test_units_without_rows_have_diagonals() -> None:
 class Projected(nn.Module):
     """A first layer that nobody trains and that is no parameter."""
 
+    fixed: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fixed", torch.randn(6, 5))
@@ -390,3 +392,13 @@ def test_derivatives_that_are_no_numbers_are_refused() -> None:
     x[0] = torch.inf
     with pytest.raises(BadData, match="not finite"):
         score("kron-obd", ScoreContext.of(program, analyze(program), (x, TARGETS)))
+
+
+def test_a_block_that_no_gradient_reaches_is_free_and_one_of_broken_gradients_is_refused() -> None:
+    program, x = captured("windows")
+    store = fit(program, (x, TARGETS), statistics="kfac")
+    store.blocks["first.weight"].sums.clear()
+    assert not score("kron-obd", context_of("windows", store)).any()
+    store.facts["nonfinite"] = {"first.weight": 3}
+    with pytest.raises(BadData, match=r"nothing finite was measured of first.weight"):
+        score("kron-obd", context_of("windows", store))

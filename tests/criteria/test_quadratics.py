@@ -161,7 +161,7 @@ def test_factors_that_are_diagonals(flat: str, size: int) -> None:
     wide = {key: torch.diag_embed(value) for key, value in thin.items()}
     parts = []
     for chosen_factors in (thin, wide):
-        own, other = (chosen_factors.get(key, getattr(whole, key)) for key in ("own", "other"))
+        own, other = chosen_factors.get("own", whole.own), chosen_factors.get("other", whole.other)
         ends = eigenbasis(own), eigenbasis(other)
         bases = ends[0].vectors, ends[0].values, ends[1].vectors, ends[1].values
         parts.append(Lines(whole.weight, own, other, whole.diagonal, whole.second, bases))

@@ -39,7 +39,8 @@ def filled(seed: int = 0) -> Plain:
     torch.manual_seed(seed)
     module = Plain()
     randomise(module, seed)
-    module.flat.weight = module.flat.bias = None
+    for name in ("weight", "bias"):
+        setattr(module.flat, name, None)
     return module
 
 
@@ -57,6 +58,14 @@ def plain() -> tuple[Plain, ScoreContext, dict[str, list[int]]]:
         for name, width in (("one", 6), ("two", 5), ("three", 7))
     }
     return module, context, made
+
+
+def scale_of(norm: nn.BatchNorm2d) -> Tensor:
+    """Return what a norm multiplies with, [C, 1, 1, 1]."""
+    assert norm.running_var is not None
+    gamma: Tensor | None = norm.weight
+    scale = (norm.running_var + norm.eps).rsqrt()
+    return (scale if gamma is None else gamma.detach() * scale).view(-1, 1, 1, 1)
 
 
 class TestBatchNormScale(CriterionConformance):
@@ -130,13 +139,11 @@ def test_lamp_is_the_share_among_what_is_not_smaller() -> None:
     module, context, made = plain()
     found = score("lamp", context)
     with torch.no_grad():
-        scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
-        flat = 1 / (module.flat.running_var + module.flat.eps).sqrt()
-        one = (module.one.weight * scale.view(-1, 1, 1, 1)).square().sum((1, 2, 3))
+        scale, flat = scale_of(module.norm), scale_of(module.flat)
+        one = (module.one.weight * scale).square().sum((1, 2, 3))
         energies = {
-            "one": one + (module.two.weight * flat.view(-1, 1, 1, 1)).square().sum((0, 2, 3)),
-            "two": (module.two.weight * flat.view(-1, 1, 1, 1)).square().sum((1, 2, 3))
-            + module.three.weight.square().sum((0, 2, 3)),
+            "one": one + (module.two.weight * flat).square().sum((0, 2, 3)),
+            "two": (module.two.weight * flat).square().sum((1, 2, 3)) + module.three.weight.square().sum((0, 2, 3)),
             "three": module.three.weight.square().sum((1, 2, 3)) + module.head.weight.square().sum(0),
         }
     for name, energy in energies.items():
@@ -147,10 +154,11 @@ def test_lamp_is_the_share_among_what_is_not_smaller() -> None:
 
 
 def test_equal_units_share_and_nothing_is_nothing() -> None:
-    module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 4)).double()
+    first, last = nn.Linear(2, 3, bias=False), nn.Linear(3, 4)
+    module = nn.Sequential(first, nn.ReLU(), last).double()
     with torch.no_grad():
-        module[2].weight.zero_()
-        module[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]))
+        last.weight.zero_()
+        first.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]))
     x = torch.randn(2, 2).double()
     program = kfe_fx.capture(module, x)
     np.testing.assert_allclose(
@@ -172,11 +180,10 @@ def test_distances_to_the_other_filters_behind_the_norm() -> None:
     module, context, made = plain()
     found = score("fpgm", context)
     with torch.no_grad():
-        scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
-        flat = 1 / (module.flat.running_var + module.flat.eps).sqrt()
+        scale, flat = scale_of(module.norm), scale_of(module.flat)
         filters = {
-            "one": module.one.weight * scale.view(-1, 1, 1, 1),
-            "two": module.two.weight * flat.view(-1, 1, 1, 1),
+            "one": module.one.weight * scale,
+            "two": module.two.weight * flat,
             "three": module.three.weight,
         }
     for name, rows in filters.items():
@@ -196,12 +203,12 @@ def test_gates_are_one_filter_and_layers_are_averaged() -> None:
 
 def test_what_another_can_stand_in_for_goes_first() -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 4))
+    first = nn.Linear(6, 5, bias=False)
     with torch.no_grad():
-        module[0].weight.add_(1.0)
-        module[0].weight[3] = module[0].weight[[1, 2, 4]].mean(0)
-        module[0].weight[0] *= 0.3
-    context = context_of(module, torch.randn(2, 6).double())
+        first.weight.add_(1.0)
+        first.weight[3] = first.weight[[1, 2, 4]].mean(0)
+        first.weight[0] *= 0.3
+    context = context_of(nn.Sequential(first, nn.ReLU(), nn.Linear(5, 4)), torch.randn(2, 6).double())
     assert score("fpgm", context).argmin() == 3
     assert score("lamp", context).argmin() == 0
 

@@ -248,6 +248,13 @@ def test_the_step_size_constraint_makes_small_units_go(trained: Program):
         assert set(gone) == set(lowest)
 
 
+def test_the_update_of_captured_factors_is_among_what_repair_chooses_from(trained: Program):
+    """A few examples that a fit has little of: what curvature was captured on is more."""
+    result = run(trained, epochs=0, rounds=1, criterion="kron-obs", data=data(24), batch_size=4)
+    assert result.certificate.rounds[0]["repaired"]["obs"] > 0
+    assert result.certificate.data["curvature"].startswith("exact")
+
+
 # what fine-tuning learns from ----------------------------------------------------------------------------------------
 
 

@@ -85,9 +85,8 @@ def test_one_row_moves_the_others_by_kron_obs() -> None:
 def test_damping_is_that_of_damped_factors() -> None:
     weight, A, G, rows, columns = drawn((6, 5), 1)
     damped = [f + 0.2 * f.diagonal().mean() * torch.eye(len(f), dtype=torch.float64) for f in (A, G)]
-    torch.testing.assert_close(
-        compensated(weight, A, G, rows, columns, 0.2), compensated(weight, *damped, rows, columns), rtol=1e-10, atol=0
-    )
+    expected = compensated(weight, damped[0], damped[1], rows, columns)
+    torch.testing.assert_close(compensated(weight, A, G, rows, columns, 0.2), expected, rtol=1e-10, atol=0)
     still = weight * (rows.unsqueeze(1) & columns.unsqueeze(0))
     torch.testing.assert_close(compensated(weight, A, G, rows, columns, 1e12), still, rtol=0, atol=1e-10)
     dead = torch.zeros_like(A)
