@@ -189,6 +189,12 @@ selecting = stack(
         "method that is best on held-out examples; folded means alone; or nothing.",
     ),
     click.option(
+        "--decompose/--no-decompose",
+        default=False,
+        show_default=True,
+        help="Whether layers may become narrow products in their eigenbases, where that loses less than channels.",
+    ),
+    click.option(
         "--multiple-of",
         type=COUNT,
         help="Keep widths at multiples of this. Default: the smallest step that is faster on the device, where latency "

@@ -32,7 +32,9 @@ class Plan:
     ``kept[name] = [(dim, [indices kept]), ...]`` for every parameter, buffer and constant that changes, changed dims
     only, each name of tied parameters; the indices are those of the network without the branches ``dropped``, whose
     tensors are gone. ``actions`` say the same unit by unit, with the reason; ``heads`` is how the
-    analysis took attention apart; ``resize_state`` whether states that are inputs or outputs may lose units.
+    analysis took attention apart; ``decomposed`` says how many columns and rows of a layer's eigenbasis stay, before
+    anything else (indices are then those of the network with these layers); ``resize_state`` whether states that are
+    inputs or outputs may lose units.
     """
 
     kept: dict[str, list[tuple[int, list[int]]]] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Plan:
     heads: str = "auto"
     resize_state: bool = False
     dropped: tuple[str, ...] = ()
+    decomposed: dict[str, list[int]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -102,6 +105,7 @@ class Plan:
             "heads": self.heads,
             **({"resize_state": True} if self.resize_state else {}),
             **({"dropped": list(self.dropped)} if self.dropped else {}),
+            **({"decomposed": self.decomposed} if self.decomposed else {}),
             "kept": {name: [[dim, indices] for dim, indices in changes] for name, changes in self.kept.items()},
             "actions": list(self.actions),
             "metadata": self.metadata,
@@ -130,7 +134,7 @@ class Plan:
                 raise PlanError("this is not a plan: dropped is a list of names of branches")
             return cls(
                 kept, tuple(data["actions"]), str(data.get("heads", "auto")), data.get("resize_state", False) is True,
-                tuple(dropped), dict(data.get("metadata", {})),
+                tuple(dropped), _ranks(data.get("decomposed", {})), dict(data.get("metadata", {})),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__} {error}") from None
@@ -163,6 +167,13 @@ def read_plan(path: str | os.PathLike[str], budget: str = "") -> Plan:
             raise PlanError(f"{place}: no point with the budget {budget}; it has {', '.join(by_budget) or 'none'}")
         document = by_budget[budget]
     return Plan.from_json(document.get("plan", document))
+
+
+def _ranks(data: Any) -> dict[str, list[int]]:
+    ranks = {str(name): [int(columns), int(rows)] for name, (columns, rows) in data.items()}
+    if any(least < 1 for pair in ranks.values() for least in pair):
+        raise PlanError("this is not a plan: a decomposed layer keeps at least one column and one row")
+    return ranks
 
 
 def is_literal(name: str) -> bool:

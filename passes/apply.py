@@ -39,6 +39,11 @@ def apply(plan: Plan, target: Target, example_inputs: Any = None) -> Target:
         raise UsageError(f"a plan applies to a Program or an nn.Module, got {type(target).__name__}")
     if example_inputs is None:
         raise UsageError("example_inputs are needed to apply a plan to a module: apply(plan, module, example_inputs)")
+    if plan.decomposed:
+        raise PlanError(
+            f"the plan decomposes layers ({next(iter(plan.decomposed))}, ...), which a module's code knows nothing of; "
+            "use the Program of the result, result.program"
+        )
     if plan.dropped:
         raise PlanError(
             f"the plan drops whole branches ({plan.dropped[0]}, ...), which a module's code would still run; "

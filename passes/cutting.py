@@ -85,7 +85,7 @@ class Cutter:
             small = DropBranches(names, means, settings.heads, always=True).run(state.small).program
         removed = shallow.units_of(state.removed)
         plan = Plan.of_units(shallow.analysis, removed, heads=settings.heads)
-        plan = replace(plan, dropped=(*state.plan.dropped, *names))
+        plan = replace(plan, dropped=(*state.plan.dropped, *names), decomposed=state.plan.decomposed)
         return Cut(State(small, shallow, removed, plan), Plan(), error, {"dropped": list(names)})
 
     def remove(
@@ -114,12 +114,14 @@ class Cutter:
         """
         heads, seed = self._settings.heads, self._settings.seed
         full, analysis = state.full(), state.shallow.analysis
-        plan = replace(Plan.of_units(analysis, removed, scores, heads), dropped=state.plan.dropped)
-        bare = replace(plan, dropped=())
+        bare = Plan.of_units(analysis, removed, scores, heads)
+        plan = replace(bare, dropped=state.plan.dropped, decomposed=state.plan.decomposed)
         small = Shrink(bare).run(full).program
         error = check_masked(replace(analysis, program=full), small, removed, seed) if prove else 0.0
         step = Plan(relative(state.plan.kept, plan.kept), heads=heads)
-        if removed == state.removed and not plan.dropped:  # nothing went: nothing is to be repaired
+        if removed == state.removed and not (
+            plan.dropped or plan.decomposed
+        ):  # nothing went: nothing is to be repaired
             return Cut(state, step, error, {})
         known = {"unrepaired": self._loss(small)} if prove and self._data.calibration is not None else {}
         obs = {} if store is None or before not in (None, state.small) else _compensated(state.small, store, step)

@@ -96,6 +96,7 @@ def prune(
     precision: str = "fp32",
     plan: Plan | None = None,
     repair: str = "auto",
+    decompose: bool = False,
     schedule: str = "exponential",
     penalty: float = 0.0,
     distil: float | None = None,
@@ -145,6 +146,8 @@ def prune(
         repair: what becomes of the weights that stay after a removal, where there are examples: "auto" fits each layer
             to what it computed before, by the method that is best on held-out examples; "mean" folds means alone;
             "none" leaves them.
+        decompose: layers may become narrow products in their eigenbases, where that loses less than channels for the
+            same time (``decompose-kfe``); needs examples.
         schedule: how the rounds share out the removal: "exponential" (each leaves the same fraction of what the last
             one left), "equal" (each removes as much), "one-shot" (one round), "netadapt" or "theis", see
             ``kfe_fx.passes.schedules``.

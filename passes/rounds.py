@@ -18,11 +18,12 @@ from kfe_fx.criteria.base import ScoreContext, resolve, score
 from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.embedding import lift_scores, units_at
-from kfe_fx.errors import UnsupportedModel
+from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.states import permit
 from kfe_fx.passes.branch_choice import choose_branches
 from kfe_fx.passes.cutting import Cut, Cutter, State
+from kfe_fx.passes.decomposing import Decomposer
 from kfe_fx.passes.floors import Floor
 from kfe_fx.passes.proof import prove
 from kfe_fx.passes.schedules import netadapt, round_ratios
@@ -49,6 +50,7 @@ from kfe_fx.program import Program
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
 
+FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
 TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
 
@@ -136,6 +138,7 @@ class Rounds:
         if judge is not None:
             self.certificate.quality = {"metric": judge.name, "before": self._evaluate(judge, self.original)}
         if self._asks():
+            self._decompose()
             self._rounds(judge)
         tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
         self._tell_data()
@@ -232,7 +235,7 @@ class Rounds:
             self.state.shallow.analysis,
             scores,
             lambda given: self._select(given, part.ratios, ()),
-            lambda selection: self.trial.loss(self._cut(selection, None, prove=False)[0].state.small),
+            self._loss_at,
             self.state.removed,
         )
 
@@ -240,7 +243,8 @@ class Rounds:
         """Score the units of the small network and hand the scores to the units of its base."""
         settings, state = self.settings, self.state
         first = not self.certificate.rounds
-        if first and self.shared.scores is not None:
+        shares = first and not settings.decompose  # else they are of one network after the other
+        if shares and self.shared.scores is not None:
             self.scoring = self.shared.scoring
             return self.shared.scores
         whole = state.shallow.analysis
@@ -260,7 +264,7 @@ class Rounds:
         if settings.penalty:
             scores = scores + 0.5 * settings.penalty * squared_norms(analysis)
         self.scoring = dict(context.facts)
-        if first:
+        if shares:
             self.shared.scores, self.shared.scoring = scores, self.scoring
         return lift_scores(whole, analysis, scores, state.plan.kept) if state.removed else scores
 
@@ -290,7 +294,8 @@ class Rounds:
             shallow = self.selector.shallow(selection.dropped)
             plan = Plan.of_units(shallow.analysis, shallow.units_of(selection.removed), heads=self.settings.heads)
             candidate = Shrink(plan).run(shallow.program).program
-            return self.stopwatch.ratio(candidate, shallow.program, (*self.state.plan.dropped, *selection.dropped))
+            base = str(self.state.plan.decomposed), *self.state.plan.dropped, *selection.dropped
+            return self.stopwatch.ratio(candidate, shallow.program, base)
 
         tolerance = min(TOLERANCE, NEAR / ratios["latency"])
         result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=tolerance)
@@ -375,9 +380,46 @@ class Rounds:
             selection = self._select(scores, self.ratios, names)
             if not selection.feasible:
                 return True, selection.predicted
-            return False, self.trial.loss(self._cut(selection, None, prove=False)[0].state.small)
+            return False, self._loss_at(selection)
 
         return choose_branches(self.selector, self.ratios, harm, judge, TOLERANCE)
+
+    def _decompose(self) -> None:
+        """Go on from a network some of whose layers are decomposed, where that leaves less loss at the budget."""
+        settings, planned = self.settings, self.settings.plan
+        ranks = {} if planned is None else {name: (c, r) for name, (c, r) in planned.decomposed.items()}
+        if not ranks and (planned is not None or not settings.decompose):
+            return
+        sample = self.data.calibration
+        if sample is None:
+            raise UsageError("layers are decomposed in bases that are measured on examples; give --data")
+        self.progress("measuring eigenbases", None)
+        decomposer = Decomposer.of(self.original, self.dense, self.device, sample, settings)
+        if ranks:
+            self._go_to(decomposer.state(ranks, settings.heads))
+            return
+        before, scores = self.state, self._scores()
+        selection = self._select(scores, self.ratios, ())
+        further = self._select(scores, {name: FURTHER * ratio for name, ratio in self.ratios.items()}, ())
+        saved = self.selector.milliseconds(self.model, selection.removed) - self.selector.milliseconds(
+            self.model, further.removed
+        )
+        price = (further.loss - selection.loss) / saved if saved > 0 and selection.feasible else None
+        best = not selection.feasible, self._loss_at(selection)
+        found = before
+        for ranks in decomposer.proposals(price):
+            self.progress("trying decompositions", None)
+            state = decomposer.state(ranks, settings.heads)
+            self._go_to(state)
+            selection = self._select(self._scores(), self.ratios, ())
+            judged = not selection.feasible, self._loss_at(selection)
+            best, found = (judged, state) if judged < best else (best, found)
+        self._go_to(found)
+        told = ", ".join(f"{name} (ranks {c}, {r})" for name, (c, r) in found.plan.decomposed.items())
+        self.certificate.notes.append(f"decomposed: {told}" if told else "no decomposition is better than channels")
+
+    def _loss_at(self, selection: Selection) -> float:
+        return self.trial.loss(self._cut(selection, None, prove=False)[0].state.small)
 
     # training --------------------------------------------------------------------------------------------------------
 

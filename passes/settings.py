@@ -40,6 +40,7 @@ class Settings:
     target: Device | None = None
     plan: Plan | None = None
     repair: str = "auto"
+    decompose: bool = False
     schedule: str = "exponential"
     penalty: float = 0.0
     distil: float = 0.0

@@ -58,7 +58,7 @@ class Stopwatch:
     def ratio(self, candidate: Program, base: Program, dropped: tuple[str, ...] = ()) -> float:
         """Return the time of a candidate as a fraction of dense.
 
-        ``base`` is what it was shrunk from: the dense network without the branches ``dropped``.
+        ``base`` is what it was shrunk from: the dense network without the branches ``dropped``, whatever names it.
         """
         return Group.current().lead(lambda: self._ratio(candidate, base, dropped))
 
