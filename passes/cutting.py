@@ -81,7 +81,8 @@ class Cutter:
             present = analyze(state.small, heads=settings.heads) if state.removed else None
             known = shallow.branches if present is None else find_branches(present)
             chosen = [branch for branch in known if branch.name in names]
-            means = measure_branch_means(state.small, chosen, sample, batch_size=settings.batch_size)
+            seen = sample if prove else sample.first(QUICK)
+            means = measure_branch_means(state.small, chosen, seen, batch_size=settings.batch_size)
             small = DropBranches(names, means, settings.heads, always=True).run(state.small).program
         removed = shallow.units_of(state.removed)
         plan = Plan.of_units(shallow.analysis, removed, heads=settings.heads)
@@ -135,22 +136,25 @@ class Cutter:
         sample, size, how = self._data.calibration, self._settings.batch_size, self._settings.repair
         if sample is None or how == "none":
             return small, {}
+        fits, limit = how == "auto" and len(sample) > 1, QUICK if quick else RECONSTRUCTION
         try:
+            seen = sample.first(QUICK) if fits else sample  # what is fitted next needs no exact means
             analysis = analyze(present, heads=self._settings.heads)
-            result = FoldMeans(analysis, step, measure_means(analysis, sample, batch_size=size)).run(small)
+            result = FoldMeans(analysis, step, measure_means(analysis, seen, batch_size=size)).run(small)
             small = result.program
             facts = {"folded": result.facts["folded"], "not_folded": result.facts["skipped_at"]}
         except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
             facts = {"folded": 0, "not_folded": ["this round"]}
-        source = self._data.training if self._data.training is not None else sample
-        limit = QUICK if quick else RECONSTRUCTION
         fitted = small
-        if how == "auto" and len(sample) > 1:
+        if fits:
             others = {"obs": obs} if obs else {}
             fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=self._settings.seed)
             found = fit.run(small)
             fitted, layers = found.program, found.facts["layers"]
             facts["repaired"] = dict(Counter(layer["method"] for layer in layers.values()))
+            if quick and fitted is not small:
+                return fitted, facts
+        source = self._data.training if self._data.training is not None else sample
         fresh = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(fitted).program
         if fitted is small or fresh is fitted:
             return fresh, facts

@@ -22,8 +22,8 @@ from kfe_fx.training.batches import Batch, Batches, pinned_batch
 BYTES = 2 << 30  # of activations at one time, of both networks
 PIECES = 8  # batches at the least, of which a quarter judges
 HELD_OUT = 0.25
-ROWS_PER_INPUT = 32
-ROWS = (8192, 65_536)  # at least, and at most
+ROWS_PER_INPUT = 16
+ROWS = (4096, 65_536)  # at least, and at most
 
 
 @dataclass(frozen=True)
