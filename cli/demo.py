@@ -11,7 +11,7 @@ from kfe_fx.cli import options, output, prune
 from kfe_fx.errors import BadFile
 
 DATA = "glyphs:8000"
-EPOCHS = 2
+EPOCHS = 1
 HELD_OUT = "glyphs:held-out"
 
 

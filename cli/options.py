@@ -243,7 +243,11 @@ judging = stack(
 # How rounds of removal and training share the work, and what is learned beside the targets.
 training = stack(
     click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none."),
-    click.option("--lr", type=Number(), help="Learning rate of the fine-tuning."),
+    click.option(
+        "--lr",
+        type=Number(),
+        help="Learning rate of the fine-tuning. [default: 3e-4, sgd 3e-3; 1e-3, 1e-2 without repair]",
+    ),
     click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
     click.option("--rounds", type=COUNT, help="Rounds of pruning, with fine-tuning between them."),
     click.option(

@@ -127,7 +127,7 @@ def prune(
         val: examples to report on; without them a seeded part of ``data`` is held out.
         evaluate: a metric, "file.py:function" or a function (module, loader) -> float.
         epochs: of the fine-tuning in all, 0 for none.
-        lr: its learning rate.
+        lr: its learning rate; by default 3e-4 for AdamW and 3e-3 for SGD, without repair 1e-3 and 1e-2.
         batch_size: examples a step, in scoring too.
         optimizer: "adamw" or "sgd".
         rounds: of scoring, removal, repair and fine-tuning; by default 4 with fine-tuning, else 1.

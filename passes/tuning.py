@@ -20,6 +20,7 @@ from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
 from kfe_fx.training.prune_data import PruneData
 
 BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
+GENTLE = {"adamw": 3e-4, "sgd": 3e-3}  # default rates where repair has fitted the weights: larger ones undo it first
 CURVATURE_EXAMPLES = 256  # of the elastic penalty
 
 
@@ -61,7 +62,8 @@ class Tuner:
         """Train in place and return the facts; ``program`` is another view of the same tensors to run."""
         settings = self.settings
         if self.optimizer is None:
-            self.optimizer = make_optimizer(state.small, settings.optimizer, settings.lr)
+            gentle = GENTLE[settings.optimizer] if settings.repair == "auto" else None
+            self.optimizer = make_optimizer(state.small, settings.optimizer, settings.lr or gentle)
         return finetune(
             program or state.small,
             self.data.training,
