@@ -3,24 +3,28 @@
     python benchmarks/criteria.py                  # the whole grid, some hours on two cores; goes on where it was
     python benchmarks/criteria.py --nets resnet --budgets 0.3 --criteria fisher kfe magnitude --seeds 0
     python benchmarks/criteria.py --peer           # Torch-Pruning on the same networks (pip install torch-pruning)
+    python benchmarks/criteria.py rates            # what learning rates leave, for kfe-fx and for the peer
     python benchmarks/criteria.py table            # of what criteria.json holds
 
 Networks: ``resnet``, ``mobilenet`` and ``vit`` of models/, and a ``vgg`` that is trained here once. Each criterion
 scores 1,024 examples; kfe-fx selects to a budget of ONNX Runtime's latency (one thread, batch 1), measured in a closed
 loop, whole branches included. Accuracy on 10,000 held-out glyphs is told of the network right after the removal, after
-repair (means and fits in closed form, no training), and after the same fine-tuning for all: AdamW, 1e-3 down to zero
-in a cosine, 2 epochs of 10,000 glyphs. Torch-Pruning gets its ratio by bisection until it measures the same latency,
+repair (means and fits in closed form, no training), and after the same fine-tuning for all: AdamW, 2 epochs of 10,000
+glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool (``RATES``; what is repaired wants
+small steps, what is not large ones). Torch-Pruning gets its ratio by bisection until it measures the same latency,
 widths in multiples of 16, and, in place of repair, re-estimated statistics. Seeds draw examples and their order.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -28,14 +32,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import kfe_fx
 from kfe_fx.criteria import names
 from kfe_fx.models.tasks import GLYPHS
+from kfe_fx.passes.drop_branches import DropBranches
 from kfe_fx.passes.prune import prepare
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
 from kfe_fx.passes.rounds import Rounds, Shared
+from kfe_fx.passes.shrink import Shrink
 from kfe_fx.runtime.inputs import feeds
 from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import onnx_bytes
@@ -46,7 +53,9 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 NETS = ("resnet", "mobilenet", "vit", "vgg")
 BUDGETS = (0.5, 0.3, 0.15)
 SEEDS = (0, 1, 2)
-BEST = 6  # criteria that the other networks get, by what they leave on the ResNet after fine-tuning
+BEST = 6  # criteria (and settings of the peer) that the other networks get, by what they leave on the ResNet
+RATES = {"kfe-fx": 3e-4, "peer": 1e-3}
+SCAN = (1e-4, 3e-4, 1e-3, 3e-3)
 TRAINING, HELD, EPOCHS, SCORED = 10_000, 10_000, 2, 1024
 NEAR, TRIES = 0.02, 9  # of the peer's bisection
 
@@ -101,9 +110,16 @@ def accuracy(program: Any) -> float:
     return 100 * float(torch.stack(right).sum()) / HELD
 
 
-def tuned(program: kfe_fx.Program, seed: int) -> float:
-    finetune(program, training(seed), epochs=EPOCHS, seed=seed, threads=1)
+def tuned(program: kfe_fx.Program, seed: int, rate: float) -> float:
+    finetune(program, training(seed), epochs=EPOCHS, lr=rate, seed=seed, threads=1)
     return accuracy(program)
+
+
+def bare(program: kfe_fx.Program, plan: kfe_fx.Plan) -> kfe_fx.Program:
+    """Remove what a plan names and repair nothing."""
+    if plan.dropped:
+        program = DropBranches(plan.dropped, always=True).run(program).program
+    return Shrink(replace(plan, dropped=())).run(program).program
 
 
 class Bench:
@@ -118,8 +134,8 @@ class Bench:
         sessions = [self.session, make_session(onnx_bytes(small), threads=1)]
         return compare(sessions, [feeds(self.program, 1, 0), feeds(small, 1, 0)], seconds=2.0).ratios[1].value
 
-    def ours(self, criterion: str, budget: float, seed: int) -> dict[str, Any]:
-        """Prune, repair and fine-tune with a criterion."""
+    def ours(self, criterion: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
+        """Prune and repair with a criterion."""
         scored = tuple(part[:SCORED] for part in training(seed))
         job = prepare(
             self.program, budget=budget, criterion=criterion, data=scored, val=tuple(p[:2] for p in held()), epochs=0,
@@ -129,14 +145,13 @@ class Bench:
         started = time.process_time()
         small, plan, certificate = Rounds(job.program, job.settings, job.data, None, shared).run()
         seconds, self.shared = time.process_time() - started, shared
-        bare = kfe_fx.prune(self.program, budget=0.5, metric="macs", plan=plan, data=scored, repair="none", epochs=0)
-        row = {"after removal": accuracy(bare.program), "after repair": accuracy(small)}
-        row |= {"fine-tuned": tuned(small, seed), "latency": self.latency(small), "cpu s": seconds}
+        row = {"after removal": accuracy(bare(self.program, plan)), "after repair": accuracy(small)}
+        row |= {"latency": self.latency(small), "cpu s": seconds}
         row["macs"] = certificate.after["macs"] / certificate.before["macs"]
-        return row | {"dropped": list(plan.dropped), "loss": certificate.loss}
+        return small, row | {"dropped": list(plan.dropped), "loss": certificate.loss}
 
-    def peer(self, setting: str, budget: float, seed: int) -> dict[str, Any]:
-        """Prune with Torch-Pruning to the same latency, re-estimate statistics and fine-tune."""
+    def peer(self, setting: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
+        """Prune with Torch-Pruning to the same latency and re-estimate statistics."""
         images = GLYPHS.draw(2, 0)[0]
         low, high, best = 0.0, 0.99, None
         for _ in range(TRIES):
@@ -151,10 +166,23 @@ class Bench:
             low, high = (low, ratio) if found < budget else (ratio, high)
         assert best is not None
         found, ratio, small = best
-        row: dict[str, Any] = {"after removal": accuracy(small)}
+        row: dict[str, Any] = {"after removal": accuracy(small), "ratio": ratio, "latency": self.latency(small)}
         small = ReestimateStatistics(tuple(part[:2048] for part in training(seed))).run(small).program
-        row["after repair"] = accuracy(small)
-        return row | {"fine-tuned": tuned(small, seed), "latency": self.latency(small), "ratio": ratio}
+        return small, row | {"after repair": accuracy(small)}
+
+    def run(self, method: str, budget: float, seed: int) -> dict[str, Any]:
+        """Prune with a criterion or a setting of the peer, then fine-tune."""
+        small, row = self.made(method, budget, seed)
+        return row | {"fine-tuned": tuned(small, seed, RATES["peer" if method in PEERS else "kfe-fx"])}
+
+    def rates(self, method: str, budget: float, seed: int) -> dict[str, Any]:
+        """Fine-tune the same pruned network at several rates."""
+        small, row = self.made(method, budget, seed)
+        found = {f"{rate:g}": tuned(copy.deepcopy(small), seed, rate) for rate in SCAN}
+        return {name: row[name] for name in ("latency", "after repair")} | found
+
+    def made(self, method: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
+        return (self.peer if method in PEERS else self.ours)(method, budget, seed)
 
     def module(self) -> nn.Module:
         """Build the network as a module of its source."""
@@ -218,26 +246,30 @@ def heads_of(module: nn.Module) -> dict[nn.Module, int]:
 
 def wanted(rows: dict[str, Any], args: argparse.Namespace) -> Iterable[tuple[str, float, str, int]]:
     """List the runs that are asked for: all criteria on the ResNet at three seeds, then the best on the others."""
+    every = PEERS if args.peer else names()
+    if args.part == "rates":
+        yield from (("resnet", b, m, 0) for b in args.budgets for m in args.criteria or ("fisher", "magnitude global"))
+        return
     for net in args.nets:
-        chosen = args.criteria or (PEERS if args.peer else names() if net == "resnet" else best(rows))
+        chosen = args.criteria or (every if net == "resnet" else best(rows, every))
         for seed in args.seeds or (SEEDS if net == "resnet" and not args.peer else SEEDS[:1]):
             for budget in args.budgets:
                 for method in chosen:
                     yield net, budget, method, seed
 
 
-def best(rows: dict[str, Any]) -> list[str]:
-    """Return the criteria that left the most on the ResNet after fine-tuning, by rank over the budgets."""
+def best(rows: dict[str, Any], every: Sequence[str]) -> list[str]:
+    """Return those of all methods that left the most on the ResNet after fine-tuning, by rank over the budgets."""
     ranks: dict[str, list[int]] = {}
     for budget in BUDGETS:
         means = {
             method: np.mean(found)
-            for method in names()
+            for method in every
             if (found := [r["fine-tuned"] for k, r in rows.items() if k.startswith(f"resnet {budget:g} {method} ")])
         }
         for rank, method in enumerate(sorted(means, key=lambda name: -means[name])):
             ranks.setdefault(method, []).append(rank)
-    return sorted(ranks, key=lambda name: np.mean(ranks[name]))[:BEST] or list(names())[:BEST]
+    return sorted(ranks, key=lambda name: np.mean(ranks[name]))[:BEST] or list(every)[:BEST]
 
 
 WHEN = ("after removal", "after repair", "fine-tuned")
@@ -248,13 +280,7 @@ def table(rows: dict[str, Any]) -> str:
     parts = []
     for net in NETS:
         for budget in BUDGETS:
-            found: dict[str, list[dict[str, Any]]] = {}
-            for key, row in rows.items():
-                if key.startswith("dense "):
-                    continue
-                name, at, *method, _ = key.split()
-                if name == net and float(at) == budget and "failed" not in row:
-                    found.setdefault(" ".join(method), []).append(row)
+            found = methods(rows, net, budget, (*names(), *PEERS))
             if not found:
                 continue
             lines = [
@@ -304,9 +330,100 @@ def plot(rows: dict[str, Any], place: Path) -> None:
     figure.savefig(place)
 
 
+ERRORS = (kfe_fx.KfeError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+
+
+class Grid:
+    """The file of what was run, and what is run into it; several processes may be at it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.place = out, out / "criteria.json"
+        self.benches: dict[str, Bench] = {}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        return json.loads(self.place.read_text()) if self.place.exists() else {}
+
+    def keep(self, found: dict[str, Any]) -> None:
+        with FileLock(self.place.with_suffix(".lock")):
+            text = json.dumps(self.rows | found, indent=1, sort_keys=True)
+            fresh = self.place.with_suffix(".part")
+            fresh.write_text(text + "\n")
+            fresh.replace(self.place)
+
+    def run(self, part: str, net: str, budget: float, method: str, seed: int) -> None:
+        key = f"{'rates ' if part == 'rates' else ''}{net} {budget:g} {method} {seed}"
+        if key in self.rows:
+            return
+        if net not in self.benches:
+            self.benches[net] = Bench(net, self.out)
+            self.keep({f"dense {net}": accuracy(self.benches[net].program)})
+        try:
+            row = getattr(self.benches[net], part)(method, budget, seed)
+        except ERRORS as error:
+            row = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        self.keep({key: row})
+        print(key, {name: value for name, value in row.items() if name not in ("dropped", "loss")}, flush=True)
+
+    def document(self) -> str:
+        rows = self.rows
+        runs = {key: row for key, row in rows.items() if not key.startswith("rates ")}
+        scans = {key.removeprefix("rates "): row for key, row in rows.items() if key.startswith("rates ")}
+        plot({key: row for key, row in runs.items() if not key.startswith("dense ")}, self.out / "criteria.png")
+        parts = [
+            "# Criteria at equal latency",
+            "`python benchmarks/criteria.py`",
+            goals(runs),
+            table(runs),
+            scan(scans),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def goals(rows: dict[str, Any]) -> str:
+    """Set the best of kfe-fx beside the best of the peer: gaps to dense after fine-tuning."""
+    lines = ["| network | of its latency | dense | kfe-fx, best | peer, best | gap over the peer's |", "|---" * 6 + "|"]
+    for net in NETS:
+        for budget in BUDGETS:
+            ours, theirs = (methods(rows, net, budget, every) for every in (names(), PEERS))
+            if not ours or not theirs or f"dense {net}" not in rows:
+                continue
+            dense = rows[f"dense {net}"]
+            each = []
+            for found in (ours, theirs):
+                means = {name: statistics.fmean(row["fine-tuned"] for row in runs) for name, runs in found.items()}
+                name = max(means, key=lambda name: means[name])
+                each.append((name, means[name]))
+            share = (dense - each[0][1]) / (dense - each[1][1]) if dense > each[1][1] else math.nan
+            told = " | ".join(f"{value:.2f} ({name})" for name, value in each)
+            lines.append(f"| {net} | {budget:g} | {dense:.2f} | {told} | {share:.2f} |".replace("nan", ""))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def methods(rows: dict[str, Any], net: str, budget: float, every: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Gather the runs of a network at a budget by what chose."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key, row in rows.items():
+        if key.startswith(f"{net} {budget:g} ") and "failed" not in row:
+            found.setdefault(" ".join(key.split()[2:-1]), []).append(row)
+    return {name: runs for name, runs in found.items() if name in every}
+
+
+def scan(rows: dict[str, Any]) -> str:
+    """Write what each learning rate left."""
+    head = "| network | of its latency | chosen by | after repair | " + " | ".join(f"{rate:g}" for rate in SCAN) + " |"
+    lines = ["### After fine-tuning at several rates\n", head, "|---" * (4 + len(SCAN)) + "|"]
+    for key, row in rows.items():
+        net, budget, *method, _ = key.split()
+        if "failed" not in row:
+            told = " | ".join(f"{row[f'{rate:g}']:.2f}" for rate in SCAN)
+            lines.append(f"| {net} | {budget} | {' '.join(method)} | {row['after repair']:.1f} | {told} |")
+    return "\n".join(lines) if rows else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["run", "table"], default="run")
+    parser.add_argument("part", nargs="?", choices=["run", "rates", "table"], default="run")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--criteria", nargs="+")
@@ -316,30 +433,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    place = args.out / "criteria.json"
-    rows: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
-    benches: dict[str, Bench] = {}
-    for net, budget, method, seed in wanted(rows, args) if args.part == "run" else ():
-        key = f"{net} {budget:g} {method} {seed}"
-        if key in rows:
-            continue
-        if net not in benches:
-            benches[net] = Bench(net, args.out)
-            rows.setdefault(f"dense {net}", accuracy(benches[net].program))
-        run = benches[net].peer if args.peer else benches[net].ours
-        try:
-            row = run(method, budget, seed)
-        except kfe_fx.KfeError as error:
-            row = {"failed": str(error)}
-        fresh = json.loads(place.read_text()) if place.exists() else {}  # another process may be at it, too
-        rows = {**fresh, **rows, key: row}
-        place.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-        print(key, {name: row.get(name) for name in (*WHEN, "latency", "cpu s", "failed") if name in row}, flush=True)
-    runs = {key: row for key, row in rows.items() if not key.startswith("dense ")}
-    dense = {key: row for key, row in rows.items() if key.startswith("dense ")}
-    text = table(runs | dense)
-    (args.out / "criteria.md").write_text(f"# Criteria at equal latency\n\n`python benchmarks/criteria.py`\n\n{text}\n")
-    plot(runs, args.out / "criteria.png")
+    grid = Grid(args.out)
+    for net, budget, method, seed in wanted(grid.rows, args) if args.part != "table" else ():
+        grid.run(args.part, net, budget, method, seed)
+    text = grid.document()
+    (args.out / "criteria.md").write_text(text)
     print(text)
 
 

@@ -7,10 +7,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.solver import select_budget, select_widths
 from kfe_fx.errors import UsageError
+from kfe_fx.frontend.capture import capture
+from kfe_fx.labels.analysis import analyze
 from tests.cost.nets import Case, attention_case, conv_case, residual_case
 
 
@@ -161,3 +166,31 @@ def test_scores_that_mean_nothing():
     bad[3] = np.nan
     with pytest.raises(UsageError, match="score of unit 3 is NaN"):
         select_budget(made.model, bad, made.model.mac_cost, 0.5)
+
+
+class TwoBranches(nn.Module):
+    """Two hidden layers side by side; a unit of the one saves 22 products, of the other 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dear, self.cheap = nn.Linear(20, 8), nn.Linear(4, 8)
+        self.one, self.two = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(torch.relu(self.dear(x))) + self.two(torch.relu(self.cheap(x[:, :4])))
+
+
+def test_t7_6_scores_alone_or_costs_alone_set_the_order():
+    program = capture(TwoBranches(), torch.randn(3, 20))
+    analysis = analyze(program)
+    model = CostModel(program, analysis)
+    dear = {unit.id for unit in analysis.units if "dear.weight" in unit.slices}
+    cheap = {unit.id for unit in analysis.units} - dear
+    scores = np.ones(16)  # no loss is less than another: the dear ones go first
+    chosen = select_budget(model, scores, model.mac_cost, 1 - 5 * 22 / 224, multiple_of=1)
+    assert len(chosen.removed) == 5
+    assert chosen.removed <= dear
+    scores = np.where([unit.id in cheap for unit in analysis.units], 1e-3, 1.0)  # no cost outweighs such a loss
+    scores[sorted(cheap)] *= np.arange(8)[::-1] + 1
+    chosen = select_budget(model, scores, model.mac_cost, 1 - 5 * 6 / 224, multiple_of=1)
+    assert chosen.removed == set(sorted(cheap)[-5:])
