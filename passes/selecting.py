@@ -21,6 +21,7 @@ from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
 
 _COSTS = {"macs": "mac_cost", "params": "parameter_cost", "memory": "memory_cost"}
+OUT_OF_REACH = 1e-9  # a share of what there is that no selection meets
 Ratios = dict[str, float]  # metric -> what may remain of it, relative to the network before anything went
 
 
@@ -109,7 +110,8 @@ class Selector:
             cost, dense = self._costs(metric)
             present, aside = cost.predict(()), self._aside(metric, drop)
             target = (ratio * dense.predict(()) + aside) / present if present else 1.0
-            demands.append(Demand(metric, cost, min(1.0, target)))
+            # what is asked for can be less than the network costs without its branches: out of reach, not meaningless
+            demands.append(Demand(metric, cost, min(1.0, max(target, OUT_OF_REACH))))
         first, *also = demands
         while True:
             selection = select_budget(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kfe_fx.curvature.fit import fit
+from kfe_fx.errors import UsageError
 from kfe_fx.passes.cutting import State
 from kfe_fx.passes.settings import Settings
 from kfe_fx.plan import Plan
@@ -36,6 +37,17 @@ class Tuner:
     dense: Program
     progress: Callable[[str, float | None], None]
     optimizer: torch.optim.Optimizer | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is said of a fine-tuning that there is none of.
+
+        Raises:
+            UsageError: a teacher, its features or an elastic penalty without training data or epochs.
+        """
+        asked = {name: getattr(self.settings, name) for name in ("distil", "features", "ewc")}
+        if not self.trains and any(asked.values()):
+            named = ", ".join(name for name, value in asked.items() if value)
+            raise UsageError(f"{named}: nothing is fine-tuned here; give training data (--data) and epochs, or leave it")
 
     @property
     def trains(self) -> bool:

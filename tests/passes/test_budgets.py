@@ -181,6 +181,15 @@ def test_a_cap_on_what_cannot_be_cut_in_steps() -> None:
     assert not result.plan.kept
 
 
+def test_out_of_reach_without_branches_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes beside the units of a branch can be more than all that was asked to remain."""
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two", "3.two"))
+    data = torch.randn(64, 3, 12, 12)
+    result = prune(useless(), X, budget="latency=0.001", criterion="magnitude", data=data)
+    assert not result.certificate.feasible
+    assert 0 < result.certificate.reached < 1
+
+
 def test_depth_can_be_switched_off() -> None:
     data = torch.randn(64, 3, 12, 12)
     result = prune(useless(), X, budget="macs=0.65", criterion="magnitude", data=data, depth=False)

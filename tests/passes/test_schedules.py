@@ -294,6 +294,8 @@ def test_elastic_penalty_holds_the_weights(trained: Program):
         ({"schedule": "one-shot", "rounds": 3}, "one-shot has one round"),
         ({"distil": 0.5, "features": ["nothing.*"]}, "no activation is called"),
         ({"ewc": float("nan")}, "ewc is a number"),
+        ({"distil": 0.5, "epochs": 0}, "distil: nothing is fine-tuned here"),
+        ({"ewc": 1.0, "epochs": 0}, "ewc: nothing is fine-tuned here"),
         ({"stop_at_loss": "low"}, "stop_at_loss is a number"),
     ],
 )
