@@ -47,7 +47,7 @@ class Tuner:
         asked = {name: getattr(self.settings, name) for name in ("distil", "features", "ewc")}
         if not self.trains and any(asked.values()):
             named = ", ".join(name for name, value in asked.items() if value)
-            raise UsageError(f"{named}: nothing is fine-tuned here; give training data (--data) and epochs, or leave it")
+            raise UsageError(f"{named}: nothing is fine-tuned here; give training data and epochs, or leave it out")
 
     @property
     def trains(self) -> bool:
