@@ -53,7 +53,7 @@ def close_loop(
     target: float,
     *,
     tolerance: float = 0.05,
-    turns: int = 4,
+    turns: int = 8,
     progress: Callable[[Turn], None] | None = None,
 ) -> LoopResult:
     """Find the selection whose measured ratio to dense is ``target``, within ``target·(1 ± tolerance)``.
