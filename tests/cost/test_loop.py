@@ -114,7 +114,7 @@ def test_turns_are_limited_and_reported():
 
 def test_below_the_budget_is_preferred_to_nearer_above():
     values = iter([0.60, 0.41, 0.58, 0.57])
-    result = close_loop(Machine(lambda p: p).solve, lambda _: next(values), 0.5)
+    result = close_loop(Machine(lambda p: p).solve, lambda _: next(values), 0.5, turns=4)
     assert result.measured == 0.41
 
 
