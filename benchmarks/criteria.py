@@ -57,7 +57,7 @@ BEST = 6  # criteria (and settings of the peer) that the other networks get, by 
 RATES = {"kfe-fx": 3e-4, "peer": 1e-3}
 SCAN = (1e-4, 3e-4, 1e-3, 3e-3)
 TRAINING, HELD, EPOCHS, SCORED = 10_000, 10_000, 2, 1024
-NEAR, TRIES = 0.02, 9  # of the peer's bisection
+NEAR, FINEST, TRIES = 0.02, 0.01, 9  # of the peer's bisection: in latency, in its ratio
 
 
 class VGG(nn.Module):
@@ -161,9 +161,9 @@ class Bench:
             found = self.latency(small)
             if best is None or abs(math.log(found / budget)) < abs(math.log(best[0] / budget)):
                 best = found, ratio, small
-            if abs(found / budget - 1) <= NEAR:
-                break
             low, high = (low, ratio) if found < budget else (ratio, high)
+            if abs(found / budget - 1) <= NEAR or high - low < FINEST:
+                break
         assert best is not None
         found, ratio, small = best
         row: dict[str, Any] = {"after removal": accuracy(small), "ratio": ratio, "latency": self.latency(small)}
