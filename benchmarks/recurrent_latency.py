@@ -88,7 +88,7 @@ def right(program: Any, images: Tensor, labels: Tensor) -> np.ndarray:
     return (torch.cat(parts) == labels).numpy()
 
 
-def show_prune(budgets: list[float], epochs: int, rate: float) -> None:
+def show_prune(budgets: list[float], **options: Any) -> None:
     program = kfe_fx.load(MODEL)
     images, labels = (torch.from_numpy(part) for part in held_out(HELD, size=28))
     data = tuple(torch.from_numpy(part) for part in glyphs(TRAINING, 0, size=28))
@@ -96,7 +96,7 @@ def show_prune(budgets: list[float], epochs: int, rate: float) -> None:
     print(f"dense: {100 * before.mean():.2f} % of {HELD:,} held out\n")
     print("| asked | measured, 95 % | units left | accuracy, % | change, points (95 %) |\n|---|---|---|---|---|")
     for budget in budgets:
-        result = kfe_fx.prune(program, budget=budget, data=data, epochs=epochs, lr=rate)
+        result = kfe_fx.prune(program, budget=budget, data=data, **options)
         after = right(result.program.eval(), images, labels)
         change = 100 * (after.astype(float) - before.astype(float))
         half = 1.96 * change.std(ddof=1) / np.sqrt(len(change))
@@ -116,13 +116,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of measuring, per width")
     parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning in all")
     parser.add_argument("--lr", type=float, default=2e-3, help="of the fine-tuning")
+    parser.add_argument("--distil", type=float, default=0.0, help="share of the dense network's outputs in the loss")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "forms":
         show_forms(arguments.seconds)
     else:
-        show_prune(arguments.budgets, arguments.epochs, arguments.lr)
+        show_prune(arguments.budgets, epochs=arguments.epochs, lr=arguments.lr, distil=arguments.distil)
 
 
 if __name__ == "__main__":
