@@ -28,7 +28,7 @@ from kfe_fx.errors import KfeError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.program import Program
 
-MOST = 20_000  # combinations of stops; more take minutes to prove
+MOST = 200_000  # combinations of stops; more take long to list
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,7 +51,7 @@ def gaps(program: Program, seeds: int) -> tuple[list[tuple[float, float]], int]:
                     continue
                 state = search_state(model, scores, cost, Options(block, CAP))
                 try:
-                    best = solve_exactly([state], [target * cost.predict(())], MOST)  # type: ignore[list-item]
+                    best = solve_exactly([state], [target * cost.predict(())], MOST, searched.loss)  # type: ignore[list-item]
                 except KfeError:
                     refused += 1
                     continue

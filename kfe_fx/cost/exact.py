@@ -7,7 +7,8 @@ sum_{c with s at t} y[c] = x[t, s], which leaves y no freedom once x is chosen (
     minimise  sum_{t,s} loss[t, s] x[t, s]   so that   sum_c cost_k[c] y[c] <= limit_k   for every budget k.
 
 HiGHS solves it through scipy. The number of combinations grows as the product of the stops of the tracks that meet in
-a term, so that small networks are solved so, and large ones by the search, which is tested against this.
+a term, so that small networks are solved so, and large ones by the search, which is tested against this. Where the loss
+of some choice is known, the stops that cannot do better are left out first (``pegging``), which are most of them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from kfe_fx.cost.pegging import surviving
 from kfe_fx.cost.state import SumState
 from kfe_fx.errors import UsageError
 
 MOST_COMBINATIONS = 200_000
+MOST_LEFT = 5_000  # of them behind pegging: proved in a fraction of a second
 MOST_NODES = 20_000  # of branch and bound: a count, not a clock, so that equal questions get equal answers
 
 
@@ -37,34 +40,52 @@ class Exact:
     loss: float
 
 
-def solve_exactly(states: Sequence[SumState], limits: Sequence[float], most: int = MOST_COMBINATIONS) -> Exact | None:
+def solve_exactly(
+    states: Sequence[SumState], limits: Sequence[float], most: int = MOST_COMBINATIONS, known: float | None = None
+) -> Exact | None:
     """Return the stops of the least loss under all limits; None where no stops meet them.
 
     ``states``: one per budget, of the same tracks, with costs that are sums, at the least stops that are allowed. They
-    are left as they are.
+    are left as they are. ``known``: the loss of a choice that meets all limits, so that others need not be looked at.
 
     Raises:
-        UsageError: more than ``most`` combinations to list, or no proof within ``MOST_NODES`` nodes.
+        UsageError: more than ``most`` combinations to list, more than ``MOST_LEFT`` that may do better than what is
+            known, or no proof within ``MOST_NODES`` nodes.
     """
     tracks = states[0].tracks
+    allowed = [np.arange(len(track) + 1) >= first for track, first in zip(tracks, states[0].stops, strict=True)]
+    costs = [state.tables(most) for state in states]
+    if known is not None:
+        for tables, limit in zip(costs, limits, strict=True):
+            losses = [np.where(ok, track.loss, np.inf) for track, ok in zip(tracks, allowed, strict=True)]
+            dense = [(readers, _array(table, [len(tracks[t]) + 1 for t in readers])) for readers, table in tables]
+            allowed = surviving(losses, dense, limit, known)
+        left = sum(math.prod(int(allowed[t].sum()) for t in readers) for tables in costs for readers, _ in tables)
+        if left > MOST_LEFT:
+            raise UsageError(f"{left} choices of stops are left to compare, at most {MOST_LEFT}")
     starts = np.cumsum([0, *(len(track) + 1 for track in tracks)])
     loss: list[float] = [value for track in tracks for value in track.loss]
     rows: list[dict[int, float]] = [dict.fromkeys(range(a, b), 1.0) for a, b in itertools.pairwise(starts.tolist())]
     low: Any = [1.0] * len(tracks)
     high: Any = list(low)
-    for state, limit in zip(states, limits, strict=True):
+    for tables, limit in zip(costs, limits, strict=True):
         budget: dict[int, float] = {}
         fixed = 0.0
-        for readers, table in state.tables(most):
+        for readers, table in tables:
             if not readers:
                 fixed += table[()]
                 continue
             first = len(loss)
-            loss += [0.0] * len(table)
             marginals: dict[tuple[int, int], dict[int, float]] = {
-                (track, stop): {} for track in readers for stop in range(len(tracks[track]) + 1)
+                (track, stop): {} for track in readers for stop in np.flatnonzero(allowed[track]).tolist()
             }  # a stop that no combination allows stays at nothing
-            for column, (stops, value) in enumerate(table.items(), first):
+            possible = [
+                (stops, value)
+                for stops, value in table.items()
+                if all(allowed[track][stop] for track, stop in zip(readers, stops, strict=True))
+            ]
+            loss += [0.0] * len(possible)
+            for column, (stops, value) in enumerate(possible, first):
                 budget[column] = value / limit
                 for track, stop in zip(readers, stops, strict=True):
                     marginals[track, stop][column] = 1.0
@@ -79,15 +100,14 @@ def solve_exactly(states: Sequence[SumState], limits: Sequence[float], most: int
     at, column, value = (np.array(part) for part in zip(*picked, strict=True))
     matrix = csr_matrix((value, (at, column)), shape=(len(rows), len(loss)))
     upper: Any = np.ones(len(loss))
-    for first, stop in zip(starts.tolist(), states[0].stops, strict=False):
-        upper[first : first + stop] = 0.0
+    upper[: starts[-1]] = np.concatenate(allowed)
     whole = np.arange(len(loss)) < starts[-1]
     found = milp(
         np.array(loss),
         integrality=whole.astype(int),
         bounds=Bounds(0, upper),
         constraints=LinearConstraint(matrix, low, high),
-        options={"node_limit": MOST_NODES, "mip_rel_gap": 0.0},
+        options={"node_limit": MOST_NODES, "mip_rel_gap": 0.0, "presolve": False},
     )
     if found.status == 2:  # infeasible
         return None
@@ -95,3 +115,10 @@ def solve_exactly(states: Sequence[SumState], limits: Sequence[float], most: int
         raise UsageError(f"no proof within {MOST_NODES} nodes ({found.message}); give the exact solver fewer stops")
     stops = tuple(int(found.x[a:b].argmax()) for a, b in itertools.pairwise(starts.tolist()))
     return Exact(stops, math.fsum(track.loss[stop] for track, stop in zip(tracks, stops, strict=True)))
+
+
+def _array(table: dict[tuple[int, ...], float], shape: Sequence[int]) -> np.ndarray:
+    found = np.full(shape, np.inf)
+    for stops, value in table.items():
+        found[stops] = value
+    return found

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 CAP = 0.9
-EXACT_COMBINATIONS = 5000  # solved in a fraction of a second
+EXACT_COMBINATIONS = 20_000  # listed in a fraction of a second; pegging leaves few of them
 # a cost that differs from the limit by less than rounding meets it
 _ROUNDING = 1e-9
 
@@ -120,7 +120,7 @@ def select_budget(
     state = made[0][1] if len(made) == 1 else JointState([one for _, one, _ in made], [limit for _, _, limit in made])
     limit = made[0][2] if len(made) == 1 else 1.0
     search = Search(state, limit * (1 + _ROUNDING), look_ahead)
-    feasible = _exactly(search, made, exact) or search.run()
+    feasible = _exactly(search, made, exact)
     unmet = [] if feasible else [(one, part, most) for one, part, most in made if part.predicted() > most]
     reasons = [_binding(model, ranked, one, options, most, part) for one, part, most in unmet]
     removed = _removed(state).union(gone, drop)
@@ -133,22 +133,23 @@ def select_budget(
 
 
 def _exactly(search: Search, made: Sequence[tuple[Demand, State, float]], most: int) -> bool:
-    """Go to the optimum where that can be found quickly; return whether."""
+    """Search, and go on to the optimum where that can be found quickly; return whether the limits are met."""
+    first, met = list(search.state.stops), search.run()
     states = [state for _, state, _ in made if isinstance(state, SumState)]
     if not most or len(states) < len(made) or not states[0].tracks:
-        return False
+        return met
+    found, known = list(search.state.stops), search.loss if met else None
+    search.go_to(first)
     try:
-        best = solve_exactly(states, [limit * (1 + _ROUNDING) for _, _, limit in made], most)
+        best = solve_exactly(states, [limit * (1 + _ROUNDING) for _, _, limit in made], most, known)
     except UsageError:
-        return False
-    if best is None:
-        return False
-    first = list(search.state.stops)
-    search.go_to(best.stops)
-    if search.state.predicted() <= search.limit:
-        return True
-    search.go_to(first)  # met within the tolerance of the integer program only
-    return False
+        best = None
+    if best is not None and (known is None or best.loss < known):
+        search.go_to(best.stops)
+        if search.state.predicted() <= search.limit:
+            return True
+    search.go_to(found)  # nothing better, or met within the tolerance of the integer program only
+    return met
 
 
 def _above_caps(analysis: Analysis, options: Options, removed: frozenset[int]) -> list[str]:

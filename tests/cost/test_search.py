@@ -91,6 +91,28 @@ def test_the_exact_solver_is_brute_force(tread: int):
             assert net.predict(gone) <= limit * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("tread", [1, 2])
+def test_what_is_known_changes_no_optimum(tread: int):
+    for seed in range(6):
+        net = toy(seed, tread)
+        limit = 0.5 * net.predict(())
+        search = Search(net.state(), limit)
+        assert search.run()
+        found, best = solve_exactly([net.state()], [limit], known=search.loss), net.optimum(limit)
+        assert found is not None
+        assert found.loss == pytest.approx(best, rel=1e-9)
+    for seed in range(6):
+        _, states, limits = both(seed)
+        best, joint = solve_exactly(states, limits), Search(JointState(states, limits), 1.0)
+        assert joint.run()
+        known = joint.loss
+        _, states, limits = both(seed)
+        found = solve_exactly(states, limits, known=known)
+        assert best is not None
+        assert found is not None
+        assert found.loss == pytest.approx(best.loss, rel=1e-9)
+
+
 def both(seed: int) -> tuple[Toy, list[SumState], list[float]]:
     """One network under two budgets: the cost of its layers, and the sum of its widths."""
     net = toy(seed)
