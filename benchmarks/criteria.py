@@ -10,10 +10,10 @@ Networks: ``resnet``, ``mobilenet`` and ``vit`` of models/, and a ``vgg`` that i
 scores 1,024 examples; kfe-fx selects to a budget of ONNX Runtime's latency (one thread, batch 1), measured in a closed
 loop, whole branches included. Accuracy on 10,000 held-out glyphs (right after the removal 2,000) is told after the
 removal, after repair (means and fits in closed form, no training), and after the same fine-tuning for all: AdamW, 2
-epochs of 5,000 glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool (``RATES``; what is
-repaired wants small steps, what is not large ones). Torch-Pruning gets its ratio by bisection until it measures the
-same latency, widths in multiples of 16, and, in place of repair, re-estimated statistics. Seeds draw examples and their
-order.
+epochs of 5,000 glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool at the budget
+(``RATES``; what is repaired wants small steps, what is not large ones). Torch-Pruning gets its ratio by bisection until
+it measures the same latency, widths in multiples of 16, and, in place of repair, re-estimated statistics. Seeds draw
+examples and their order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NETS = ("resnet", "mobilenet", "vit", "vgg")
 BUDGETS = (0.5, 0.3, 0.15)
 SEEDS = (0, 1, 2)
 BEST = 6  # criteria (and settings of the peer) that the other networks get, by what they leave on the ResNet
-RATES = {"kfe-fx": 3e-4, "peer": 1e-3}
+RATES = {"kfe-fx": {0.5: 1e-4, 0.3: 1e-4, 0.15: 1e-3}, "peer": {0.5: 1e-3, 0.3: 1e-3, 0.15: 3e-3}}
 SCAN = (1e-4, 3e-4, 1e-3, 3e-3)
 TRAINING, HELD, BROKEN, EPOCHS, SCORED = 5_000, 10_000, 2_000, 2, 1024
 NEAR, FINEST, TRIES = 0.02, 0.01, 9  # of the peer's bisection: in latency, in its ratio
@@ -174,7 +174,8 @@ class Bench:
     def run(self, method: str, budget: float, seed: int) -> dict[str, Any]:
         """Prune with a criterion or a setting of the peer, then fine-tune."""
         small, row = self.made(method, budget, seed)
-        return row | {"fine-tuned": tuned(small, seed, RATES["peer" if method in PEERS else "kfe-fx"])}
+        rates = RATES["peer" if method in PEERS else "kfe-fx"]
+        return row | {"fine-tuned": tuned(small, seed, rates[min(rates, key=lambda at: abs(at - budget))])}
 
     def rates(self, method: str, budget: float, seed: int) -> dict[str, Any]:
         """Fine-tune the same pruned network at several rates."""

@@ -13,9 +13,13 @@ of some choice is known, the stops that cannot do better are left out first (``p
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +106,14 @@ def solve_exactly(
     upper: Any = np.ones(len(loss))
     upper[: starts[-1]] = np.concatenate(allowed)
     whole = np.arange(len(loss)) < starts[-1]
-    found = milp(
-        np.array(loss),
-        integrality=whole.astype(int),
-        bounds=Bounds(0, upper),
-        constraints=LinearConstraint(matrix, low, high),
-        options={"node_limit": MOST_NODES, "mip_rel_gap": 0.0, "presolve": False},
-    )
+    with muted():
+        found = milp(
+            np.array(loss),
+            integrality=whole.astype(int),
+            bounds=Bounds(0, upper),
+            constraints=LinearConstraint(matrix, low, high),
+            options={"node_limit": MOST_NODES, "mip_rel_gap": 0.0},
+        )
     if found.status == 2:  # infeasible
         return None
     if found.status != 0:
@@ -122,3 +127,26 @@ def _array(table: dict[tuple[int, ...], float], shape: Sequence[int]) -> np.ndar
     for stops, value in table.items():
         found[stops] = value
     return found
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Keep what HiGHS prints past all options out of stdout, which belongs to the user's pipeline."""
+    library = ctypes.CDLL(None)
+    library.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from kfe_fx.cost.exact import solve_exactly
+from kfe_fx.cost.exact import muted, solve_exactly
 from kfe_fx.cost.joint import JointState
 from kfe_fx.cost.search import Search, farthest
 from kfe_fx.cost.state import Sizes, SumState, WholeState
@@ -111,6 +112,16 @@ def test_what_is_known_changes_no_optimum(tread: int):
         assert best is not None
         assert found is not None
         assert found.loss == pytest.approx(best.loss, rel=1e-9)
+
+
+def test_what_the_integer_program_prints_stays_away(capfd: pytest.CaptureFixture[str]):
+    library = ctypes.CDLL(None)
+    print("before")
+    with muted():
+        library.puts(b"noise")
+    library.puts(b"behind")
+    library.fflush(None)
+    assert capfd.readouterr().out == "before\nbehind\n"
 
 
 def both(seed: int) -> tuple[Toy, list[SumState], list[float]]:
