@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,7 +117,7 @@ def test_what_is_known_changes_no_optimum(tread: int):
 
 def test_what_the_integer_program_prints_stays_away(capfd: pytest.CaptureFixture[str]):
     library = ctypes.CDLL(None)
-    print("before")
+    sys.stdout.write("before\n")
     with muted():
         library.puts(b"noise")
     library.puts(b"behind")
