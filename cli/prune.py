@@ -95,10 +95,12 @@ def show(job: Job, result: Any, paths: Any) -> None:
     elif not job.quiet:
         click.echo(f"data: {certificate.data['note']}\n")
         output.show_table(certificate.table(), ("", "before", "after"), numbers=(1, 2))
-        click.echo(
-            f"\n{certificate.metric}: {certificate.reached:.3f} of the original; "
-            f"the budget was {certificate.budget:.3g}"
-        )
+        click.echo()
+        for limit in certificate.limits:
+            asked = limit["asked"].rpartition("=")[2]
+            plain = asked in (f"{limit['ratio']:g}", str(limit["ratio"]))
+            budget = f"{limit['ratio']:.3g}" + ("" if plain else f" ({asked})")
+            click.echo(f"{limit['metric']}: {limit['reached']:.3f} of the original; the budget was {budget}")
         for text in certificate.remarks():
             click.echo(f"note: {text}")
         for path in paths:
