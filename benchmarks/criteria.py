@@ -10,10 +10,11 @@ Networks: ``resnet``, ``mobilenet`` and ``vit`` of models/, and a ``vgg`` that i
 scores 1,024 examples; kfe-fx selects to a budget of ONNX Runtime's latency (one thread, batch 1), measured in a closed
 loop, whole branches included. Accuracy on 10,000 held-out glyphs (right after the removal 2,000) is told after the
 removal, after repair (means and fits in closed form, no training), and after the same fine-tuning for all: AdamW, 2
-epochs of 5,000 glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool at the budget
-(``RATES``; what is repaired wants small steps, what is not large ones). Torch-Pruning gets its ratio by bisection until
-it measures the same latency, widths in multiples of 16, and, in place of repair, re-estimated statistics. Seeds draw
-examples and their order.
+epochs of 5,000 glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool at the budget, on
+other glyphs (``RATES``; what is repaired wants small steps, what is not large ones). Torch-Pruning gets its ratio by
+bisection until it measures the same latency, widths in multiples of 16, and, in place of repair, re-estimated
+statistics; over all layers at once (global), each layer alike (local), or only what is not the residual stream (inner).
+Seeds draw examples and their order.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -33,6 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from criteria_peer import PEERS, pruned_by_peer
+from criteria_report import BUDGETS, NETS, SCAN, Report, packed
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -51,12 +53,9 @@ from kfe_fx.runtime.session import make_session
 from kfe_fx.training.finetune import finetune
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-NETS = ("resnet", "mobilenet", "vit", "vgg")
-BUDGETS = (0.5, 0.3, 0.15)
 SEEDS = (0, 1, 2)
 BEST = 6  # criteria (and settings of the peer) that the other networks get, by what they leave on the ResNet
 RATES = {"kfe-fx": {0.5: 1e-4, 0.3: 1e-4, 0.15: 1e-3}, "peer": {0.5: 1e-3, 0.3: 1e-3, 0.15: 3e-3}}
-SCAN = (1e-4, 3e-4, 1e-3, 3e-3)
 TRAINING, HELD, BROKEN, EPOCHS, SCORED = 5_000, 10_000, 2_000, 2, 1024
 NEAR, FINEST, TRIES = 0.02, 0.01, 9  # of the peer's bisection: in latency, in its ratio
 
@@ -102,18 +101,29 @@ def held() -> tuple[Tensor, Tensor]:
     return GLYPHS.held_out(HELD)
 
 
-def accuracy(program: Any, count: int = HELD) -> float:
-    """Return the percentage of held-out examples that are named right."""
-    images, labels = held()
+@cache
+def others() -> tuple[Tensor, Tensor]:
+    """Glyphs that rates are judged on; nothing that is told is."""
+    return GLYPHS.draw(HELD // 2, 99)
+
+
+def right(program: Any, examples: tuple[Tensor, Tensor], count: int | None = None) -> np.ndarray:
+    """Tell for each example whether it is named right."""
+    images, labels = (part[:count] for part in examples)
     program.eval()
     with torch.no_grad():
-        right = [(program(images[i : i + 250]).argmax(1) == labels[i : i + 250]).sum() for i in range(0, count, 250)]
-    return 100 * float(torch.stack(right).sum()) / count
+        parts = [program(images[i : i + 250]).argmax(1) == labels[i : i + 250] for i in range(0, len(images), 250)]
+    return torch.cat(parts).numpy()
 
 
-def tuned(program: kfe_fx.Program, seed: int, rate: float) -> float:
+def accuracy(program: Any, count: int | None = None) -> float:
+    """Return the percentage of held-out examples that are named right."""
+    return 100 * float(right(program, held(), count).mean())
+
+
+def tune(program: kfe_fx.Program, seed: int, rate: float) -> kfe_fx.Program:
     finetune(program, training(seed), epochs=EPOCHS, lr=rate, seed=seed, threads=1)
-    return accuracy(program)
+    return program
 
 
 def bare(program: kfe_fx.Program, plan: kfe_fx.Plan) -> kfe_fx.Program:
@@ -135,12 +145,16 @@ class Bench:
         sessions = [self.session, make_session(onnx_bytes(small), threads=1)]
         return compare(sessions, [feeds(self.program, 1, 0), feeds(small, 1, 0)], seconds=2.0).ratios[1].value
 
+    @staticmethod
+    def scored(seed: int) -> tuple[Tensor, Tensor]:
+        images, labels = training(seed)
+        return images[:SCORED], labels[:SCORED]
+
     def ours(self, criterion: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
         """Prune and repair with a criterion."""
-        scored = tuple(part[:SCORED] for part in training(seed))
         job = prepare(
-            self.program, budget=budget, criterion=criterion, data=scored, val=tuple(p[:2] for p in held()), epochs=0,
-            seed=seed,
+            self.program, budget=budget, criterion=criterion, data=self.scored(seed),
+            val=tuple(part[:2] for part in held()), epochs=0, seed=seed,
         )  # fmt: skip
         shared = Shared(stopwatch=None if self.shared is None else self.shared.stopwatch)
         started = time.process_time()
@@ -153,11 +167,11 @@ class Bench:
 
     def peer(self, setting: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
         """Prune with Torch-Pruning to the same latency and re-estimate statistics."""
-        images = GLYPHS.draw(2, 0)[0]
+        images, scored = GLYPHS.draw(2, 0)[0], self.scored(seed)
         low, high, best = 0.0, 0.99, None
         for _ in range(TRIES):
             ratio = (low + high) / 2
-            module = pruned_by_peer(self.module(), setting, ratio, seed)
+            module = pruned_by_peer(self.module(), setting, ratio, seed, scored)
             small = kfe_fx.capture(module.eval(), images)
             found = self.latency(small)
             if best is None or abs(math.log(found / budget)) < abs(math.log(best[0] / budget)):
@@ -171,17 +185,20 @@ class Bench:
         small = ReestimateStatistics(tuple(part[:2048] for part in training(seed))).run(small).program
         return small, row | {"after repair": accuracy(small)}
 
-    def run(self, method: str, budget: float, seed: int) -> dict[str, Any]:
-        """Prune with a criterion or a setting of the peer, then fine-tune."""
+    def run(self, method: str, budget: float, seed: int) -> tuple[dict[str, Any], str]:
+        """Prune with a criterion or a setting of the peer, then fine-tune; tell which examples are right at the end."""
         small, row = self.made(method, budget, seed)
         rates = RATES["peer" if method in PEERS else "kfe-fx"]
-        return row | {"fine-tuned": tuned(small, seed, rates[min(rates, key=lambda at: abs(at - budget))])}
+        marks = right(tune(small, seed, rates[min(rates, key=lambda at: abs(at - budget))]), held())
+        return row | {"fine-tuned": 100 * float(marks.mean())}, packed(marks)
 
-    def rates(self, method: str, budget: float, seed: int) -> dict[str, Any]:
+    def rates(self, method: str, budget: float, seed: int) -> tuple[dict[str, Any], str]:
         """Fine-tune the same pruned network at several rates."""
         small, row = self.made(method, budget, seed)
-        found = {f"{rate:g}": tuned(copy.deepcopy(small), seed, rate) for rate in SCAN}
-        return {name: row[name] for name in ("latency", "after repair")} | found
+        found = {
+            f"{rate:g}": 100 * float(right(tune(copy.deepcopy(small), seed, rate), others()).mean()) for rate in SCAN
+        }
+        return {name: row[name] for name in ("latency", "after repair")} | found, ""
 
     def made(self, method: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
         return (self.peer if method in PEERS else self.ours)(method, budget, seed)
@@ -191,56 +208,6 @@ class Bench:
         made: nn.Module = VGG() if self.name == "vgg" else import_module(f"kfe_fx.models.glyphs_{self.name}").build()
         made.load_state_dict(self.program.state_dict())
         return made.eval()
-
-
-PEERS = tuple(
-    f"{importance} {scope}"
-    for importance in ("magnitude", "bn-scale", "lamp", "fpgm", "taylor", "hessian", "random")
-    for scope in ("global", "local")
-)
-
-
-def pruned_by_peer(module: nn.Module, setting: str, ratio: float, seed: int) -> nn.Module:
-    """Remove a share of all channels with Torch-Pruning, in widths of 16; the classifier's outputs stay."""
-    import torch_pruning as tp
-
-    kind, scope = setting.split()
-    importances: dict[str, Callable[[], Any]] = {
-        "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "bn-scale": tp.importance.BNScaleImportance,
-        "lamp": tp.importance.LAMPImportance,
-        "fpgm": tp.importance.FPGMImportance,
-        "taylor": tp.importance.GroupTaylorImportance,
-        "hessian": tp.importance.GroupHessianImportance,
-        "random": tp.importance.RandomImportance,
-    }
-    torch.manual_seed(seed)
-    importance = importances[kind]()
-    images, labels = (part[:SCORED] for part in training(seed))
-    head = [child for child in module.modules() if isinstance(child, nn.Linear) and child.out_features == 36]
-    pruner = tp.pruner.BasePruner(
-        module, images[:2], importance=importance, pruning_ratio=ratio, global_pruning=scope == "global",
-        ignored_layers=head, round_to=16, max_pruning_ratio=1.0, num_heads=heads_of(module),
-    )  # fmt: skip
-    if kind == "taylor":
-        module.zero_grad()
-        nn.functional.cross_entropy(module(images), labels).backward()
-    elif kind == "hessian":
-        module.zero_grad()
-        importance.zero_grad()
-        losses = nn.functional.cross_entropy(module(images[:128]), labels[:128], reduction="none")
-        for number, loss in enumerate(losses):
-            module.zero_grad()
-            loss.backward(retain_graph=number + 1 < len(losses))
-            importance.accumulate_grad(module)
-    pruner.step()
-    module.zero_grad()
-    return module
-
-
-def heads_of(module: nn.Module) -> dict[nn.Module, int]:
-    """Name the heads of packed projections, which the peer cannot find by itself."""
-    return {child.qkv: child.heads for child in module.modules() if hasattr(child, "qkv") and hasattr(child, "heads")}
 
 
 # the grid ------------------------------------------------------------------------------------------------------------
@@ -274,64 +241,6 @@ def best(rows: dict[str, Any], every: Sequence[str]) -> list[str]:
     return sorted(ranks, key=lambda name: np.mean(ranks[name]))[:BEST] or list(every)[:BEST]
 
 
-WHEN = ("after removal", "after repair", "fine-tuned")
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Write a table per network and budget, the best after fine-tuning first, means (ranges) over seeds."""
-    parts = []
-    for net in NETS:
-        for budget in BUDGETS:
-            found = methods(rows, net, budget, (*names(), *PEERS))
-            if not found:
-                continue
-            lines = [
-                f"### {net} at {budget:g} of its latency (dense {rows.get(f'dense {net}', math.nan):.2f} %)\n",
-                "| chosen by | seeds | latency | MACs | after removal | after repair | fine-tuned | CPU s |",
-                "|---" * 8 + "|",
-            ]
-            for method in sorted(found, key=lambda name: -np.mean([row["fine-tuned"] for row in found[name]])):
-                each = found[method]
-                shown = [_spread([row[when] for row in each]) for when in WHEN]
-                peer = " (Torch-Pruning)" if method in PEERS else ""
-                macs = statistics.fmean(row.get("macs", math.nan) for row in each)
-                cpu = statistics.fmean(row.get("cpu s", math.nan) for row in each)
-                lines.append(
-                    f"| {method}{peer} | {len(each)} | {statistics.fmean(row['latency'] for row in each):.3f} | "
-                    f"{macs:.3f} | {' | '.join(shown)} | {cpu:.0f} |".replace("nan", "")
-                )
-            parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({min(values):.1f}-{max(values):.1f})"
-
-
-def plot(rows: dict[str, Any], place: Path) -> None:
-    """Draw accuracy after repair against accuracy after fine-tuning, a panel per network."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(NETS), 3.6), layout="constrained")
-    for axis, net in zip(figure.subplots(1, len(NETS), squeeze=False)[0], NETS, strict=True):
-        for budget, marker in zip(BUDGETS, "os^", strict=True):
-            for peer, colour in ((False, "tab:blue"), (True, "tab:orange")):
-                points = [
-                    (row["after repair"], row["fine-tuned"])
-                    for key, row in rows.items()
-                    if key.startswith(f"{net} {budget:g} ")
-                    and "failed" not in row
-                    and ((" ".join(key.split()[2:-1]) in PEERS) == peer)
-                ]
-                if points:
-                    label = f"{'Torch-Pruning' if peer else 'kfe-fx'}, {budget:g}"
-                    axis.scatter(*zip(*points, strict=True), marker=marker, c=colour, s=14, label=label)
-        axis.set(title=net, xlabel="after repair, %", ylabel="fine-tuned, %")
-        axis.legend(fontsize=6)
-    figure.savefig(place)
-
-
 ERRORS = (kfe_fx.KfeError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
@@ -339,19 +248,22 @@ class Grid:
     """The file of what was run, and what is run into it; several processes may be at it."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.place = out, out / "criteria.json"
+        self.out, self.place, self.marks = out, out / "criteria.json", out / "criteria_right.json"
         self.benches: dict[str, Bench] = {}
 
     @property
     def rows(self) -> dict[str, Any]:
         return json.loads(self.place.read_text()) if self.place.exists() else {}
 
-    def keep(self, found: dict[str, Any]) -> None:
+    @property
+    def right(self) -> dict[str, str]:
+        return json.loads(self.marks.read_text()) if self.marks.exists() else {}
+
+    def keep(self, key: str, row: Any, right: str = "") -> None:
         with FileLock(self.place.with_suffix(".lock")):
-            text = json.dumps(self.rows | found, indent=1, sort_keys=True)
-            fresh = self.place.with_suffix(".part")
-            fresh.write_text(text + "\n")
-            fresh.replace(self.place)
+            _write(self.place, self.rows | {key: row})
+            if right:
+                _write(self.marks, self.right | {key: right})
 
     def run(self, part: str, net: str, budget: float, method: str, seed: int) -> None:
         key = f"{'rates ' if part == 'rates' else ''}{net} {budget:g} {method} {seed}"
@@ -359,68 +271,20 @@ class Grid:
             return
         if net not in self.benches:
             self.benches[net] = Bench(net, self.out)
-            self.keep({f"dense {net}": accuracy(self.benches[net].program)})
+            marks = right(self.benches[net].program, held())
+            self.keep(f"dense {net}", 100 * float(marks.mean()), packed(marks))
         try:
-            row = getattr(self.benches[net], part)(method, budget, seed)
+            row, marks = getattr(self.benches[net], part)(method, budget, seed)
         except ERRORS as error:
-            row = {"failed": f"{type(error).__name__}: {error}"[:500]}
-        self.keep({key: row})
+            row, marks = {"failed": f"{type(error).__name__}: {error}"[:500]}, ""
+        self.keep(key, row, marks)
         print(key, {name: value for name, value in row.items() if name not in ("dropped", "loss")}, flush=True)
 
-    def document(self) -> str:
-        rows = self.rows
-        runs = {key: row for key, row in rows.items() if not key.startswith("rates ")}
-        scans = {key.removeprefix("rates "): row for key, row in rows.items() if key.startswith("rates ")}
-        plot({key: row for key, row in runs.items() if not key.startswith("dense ")}, self.out / "criteria.png")
-        parts = [
-            "# Criteria at equal latency",
-            "`python benchmarks/criteria.py`",
-            goals(runs),
-            table(runs),
-            scan(scans),
-        ]
-        return "\n\n".join(part for part in parts if part) + "\n"
 
-
-def goals(rows: dict[str, Any]) -> str:
-    """Set the best of kfe-fx beside the best of the peer: gaps to dense after fine-tuning."""
-    lines = ["| network | of its latency | dense | kfe-fx, best | peer, best | gap over the peer's |", "|---" * 6 + "|"]
-    for net in NETS:
-        for budget in BUDGETS:
-            ours, theirs = (methods(rows, net, budget, every) for every in (names(), PEERS))
-            if not ours or not theirs or f"dense {net}" not in rows:
-                continue
-            dense = rows[f"dense {net}"]
-            each = []
-            for found in (ours, theirs):
-                means = {name: statistics.fmean(row["fine-tuned"] for row in runs) for name, runs in found.items()}
-                name = max(means, key=lambda name: means[name])
-                each.append((name, means[name]))
-            share = (dense - each[0][1]) / (dense - each[1][1]) if dense > each[1][1] else math.nan
-            told = " | ".join(f"{value:.2f} ({name})" for name, value in each)
-            lines.append(f"| {net} | {budget:g} | {dense:.2f} | {told} | {share:.2f} |".replace("nan", ""))
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def methods(rows: dict[str, Any], net: str, budget: float, every: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Gather the runs of a network at a budget by what chose."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for key, row in rows.items():
-        if key.startswith(f"{net} {budget:g} ") and "failed" not in row:
-            found.setdefault(" ".join(key.split()[2:-1]), []).append(row)
-    return {name: runs for name, runs in found.items() if name in every}
-
-
-def scan(rows: dict[str, Any]) -> str:
-    """Write what each learning rate left."""
-    head = "| network | of its latency | chosen by | after repair | " + " | ".join(f"{rate:g}" for rate in SCAN) + " |"
-    lines = ["### After fine-tuning at several rates\n", head, "|---" * (4 + len(SCAN)) + "|"]
-    for key, row in rows.items():
-        net, budget, *method, _ = key.split()
-        if "failed" not in row:
-            told = " | ".join(f"{row[f'{rate:g}']:.2f}" for rate in SCAN)
-            lines.append(f"| {net} | {budget} | {' '.join(method)} | {row['after repair']:.1f} | {told} |")
-    return "\n".join(lines) if rows else ""
+def _write(place: Path, found: dict[str, Any]) -> None:
+    fresh = place.with_suffix(".part")
+    fresh.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    fresh.replace(place)
 
 
 def main() -> None:
@@ -438,9 +302,10 @@ def main() -> None:
     grid = Grid(args.out)
     for net, budget, method, seed in wanted(grid.rows, args) if args.part != "table" else ():
         grid.run(args.part, net, budget, method, seed)
-    text = grid.document()
-    (args.out / "criteria.md").write_text(text)
-    print(text)
+    report = Report(grid.rows, grid.right)
+    report.plot(args.out / "criteria.png")
+    (args.out / "criteria.md").write_text(report.text())
+    print(report.text())
 
 
 if __name__ == "__main__":

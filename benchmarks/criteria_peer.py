@@ -1,0 +1,63 @@
+"""Torch-Pruning's side of benchmarks/criteria.py: its importances, over all layers, per layer, or beside the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PEERS = tuple(
+    f"{importance} {scope}"
+    for importance in ("magnitude", "bn-scale", "lamp", "fpgm", "taylor", "hessian", "random")
+    for scope in ("global", "local", "inner")
+)
+# what makes the residual stream, by how the names of the networks end or begin; ``inner`` leaves it as wide as it is
+STREAM = ("stem.0", "conv2", "shortcut.0", "project.0", "patches.6", "attention.project", "mlp.2")
+
+
+def pruned_by_peer(
+    module: nn.Module, setting: str, ratio: float, seed: int, scored: tuple[Tensor, Tensor]
+) -> nn.Module:
+    """Remove a share of all channels with Torch-Pruning, in widths of 16; the classifier's outputs stay."""
+    import torch_pruning as tp
+
+    kind, scope = setting.split()
+    importances: dict[str, Callable[[], Any]] = {
+        "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "bn-scale": tp.importance.BNScaleImportance,
+        "lamp": tp.importance.LAMPImportance,
+        "fpgm": tp.importance.FPGMImportance,
+        "taylor": tp.importance.GroupTaylorImportance,
+        "hessian": tp.importance.GroupHessianImportance,
+        "random": tp.importance.RandomImportance,
+    }
+    torch.manual_seed(seed)
+    importance = importances[kind]()
+    images, labels = scored
+    left = [child for child in module.modules() if isinstance(child, nn.Linear) and child.out_features == 36]
+    if scope == "inner":
+        left += [child for name, child in module.named_modules() if name.endswith(STREAM)]
+    pruner = tp.pruner.BasePruner(
+        module, images[:2], importance=importance, pruning_ratio=ratio, global_pruning=scope == "global",
+        ignored_layers=left, round_to=16, max_pruning_ratio=1.0, num_heads=heads_of(module),
+    )  # fmt: skip
+    if kind == "taylor":
+        module.zero_grad()
+        nn.functional.cross_entropy(module(images), labels).backward()
+    elif kind == "hessian":
+        module.zero_grad()
+        importance.zero_grad()
+        for image, label in zip(images.split(1), labels.split(1), strict=True):
+            module.zero_grad()
+            nn.functional.cross_entropy(module(image), label).backward()
+            importance.accumulate_grad(module)
+    pruner.step()
+    module.zero_grad()
+    return module
+
+
+def heads_of(module: nn.Module) -> Mapping[Any, Any]:
+    """Name the heads of packed projections, which the peer cannot find by itself."""
+    return {child.qkv: child.heads for child in module.modules() if hasattr(child, "qkv") and hasattr(child, "heads")}
