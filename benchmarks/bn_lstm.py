@@ -9,8 +9,8 @@ Python source, 100 steps). Cells: ``lstm``, ``input`` (the input's side normalis
 the same learning rates at one seed, and is then run with its best one at three seeds: Adam, gradients clipped to norm
 1, one thread, float32. Epochs are judged on the first quarter of what is held out, the ends on all of it. After
 training the statistics are pooled and frozen (``finalise-recurrent``), all cells get some more steps at a quarter of
-the rate, and the norms are folded where algebra allows: the last columns say what is left. Runs that ``bn_lstm.json`` holds already are not run again, so a stopped
-benchmark goes on where it was.
+the rate, and the norms are folded where algebra allows: the last columns say what is left. Runs that ``bn_lstm.json``
+holds already are not run again, so a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kfe_fx.cost.count import CostModel
+from kfe_fx.cost.exact import solve_exactly
 from kfe_fx.cost.latency import RooflineLatency
-from kfe_fx.cost.solver import select_budget, select_widths
+from kfe_fx.cost.solver import CAP, Options, search_state, select_budget, select_widths
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
@@ -46,6 +48,22 @@ def test_a_budget_is_met_closely(metric: str, block: int):
     coarse = block == 16 or metric == "latency"
     assert 0.6 - (0.25 if coarse else 0.05) <= chosen.predicted <= 0.6
     assert chosen.loss == pytest.approx(scores_of(made)[list(chosen.removed)].sum())
+
+
+@pytest.mark.parametrize("made", [conv_case, attention_case, residual_case])
+def test_within_a_fifth_of_a_per_cent_of_the_optimum(made):
+    network = made()
+    for seed, (name, cost) in itertools.product(range(3), costs_of(network).items()):
+        if name == "memory":  # the peak is no sum
+            continue
+        scores = scores_of(network, seed)
+        for target in (0.7, 0.35):
+            chosen = select_budget(network.model, scores, cost, target)  # type: ignore[arg-type]
+            state = search_state(network.model, scores, cost, Options(16, CAP))  # type: ignore[arg-type]
+            best = solve_exactly([state], [target * cost.predict(())])  # type: ignore[list-item, attr-defined]
+            assert chosen.feasible == (best is not None)
+            if best is not None:
+                assert chosen.loss <= 1.002 * best.loss
 
 
 @pytest.mark.parametrize("made", [conv_case, attention_case, residual_case])
