@@ -309,6 +309,14 @@ device = stack(
         help="What is measured: the networks as they are, or int8 copies of them; what is written is float32.",
     ),
     click.option(
+        "--cost-model",
+        type=Reference("roofline"),
+        default="roofline",
+        show_default=True,
+        metavar="NAME",
+        help="What predicts latency: roofline, or file.py:Class of your own.",
+    ),
+    click.option(
         "--target",
         type=click.Path(path_type=Path),
         metavar="FILE",

@@ -89,7 +89,15 @@ class Certificate:
         return [
             (label, f"{latency['dense_ms']:.3f} ms", f"{latency['pruned_ms']:.3f} ms"),
             ("... of dense (measured anew, 95 %)", "1", f"{latency['ratio']:.3f} ({low:.3f}-{high:.3f})"),
+            *self._predictor_rows(),
         ]
+
+    def _predictor_rows(self) -> list[tuple[str, str, str]]:
+        """Return how far the first prediction was from the measurement, which then corrected it."""
+        found = self.measured.get("predictor")
+        if not found:
+            return []
+        return [(f"latency predicted by {found['name']}, first shot", "", f"{100 * found['error']:+.1f} %")]
 
     def _loss_rows(self) -> list[tuple[str, str, str]]:
         if not self.loss:

@@ -45,8 +45,10 @@ class Decomposer:
         layers = find_layers(program).layers
         options = {"loss": settings.loss, "batch_size": settings.batch_size, "seed": settings.seed}
         store = measure(program, sample, layers, **options)
-        fronts = candidates(program, store, Prices(model, device), data=sample, **options) if layers else {}
-        return cls(program, store, fronts)
+        if not layers:
+            return cls(program, store, {})
+        prices = Prices(model, device, settings.cost_model)
+        return cls(program, store, candidates(program, store, prices, data=sample, **options))
 
     def proposals(self, price: float | None) -> list[Ranks]:
         """Return what is worth its loss at shares of the price of channels; each another one, none empty.

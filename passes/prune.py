@@ -15,6 +15,7 @@ from kfe_fx.certificate import Certificate
 from kfe_fx.cost.bounds import Bounds, read_bound
 from kfe_fx.cost.budget import read_limits
 from kfe_fx.cost.device import Device, read_device
+from kfe_fx.cost.predictors import resolve as resolve_predictor
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
@@ -94,6 +95,7 @@ def prune(
     target: Device | str | Path | None = None,
     provider: str = "CPUExecutionProvider",
     precision: str = "fp32",
+    cost_model: Any = "roofline",
     plan: Plan | None = None,
     repair: str = "auto",
     decompose: bool = False,
@@ -142,6 +144,8 @@ def prune(
             measured, unless the profile is of this machine.
         provider: of ONNX Runtime, for what is measured.
         precision: "fp32", or "int8": int8 copies are measured, of the dense network too; what is written is float32.
+        cost_model: what predicts latency: "roofline", "file.py:Class", or a class or function (model, device) that
+            makes a ``kfe_fx.cost.latency.LatencyModel``; the certificate tells its name and error.
         plan: remove what this plan says instead of selecting; ``budget`` is what it is judged by.
         repair: what becomes of the weights that stay after a removal, where there are examples: "auto" fits each layer
             to what it computed before, by the method that is best on held-out examples; "mean" folds means alone;
@@ -206,6 +210,7 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
         raise UsageError("a budget is missing; say what may remain, as in budget=0.5")
     limits = read_limits(given.pop("budget"), given.pop("metric"))
     check_options(given, limits)
+    given["cost_model"] = resolve_predictor(given["cost_model"])
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
     plan, target, loss = given["plan"], given.pop("target"), given["loss"]
     if plan is not None:

@@ -507,4 +507,5 @@ class Rounds:
                 self.settings.target,
                 milliseconds(self.dense),
                 milliseconds(self.model, self.state.removed),
+                self.selector.latency.name,
             )

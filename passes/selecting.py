@@ -12,7 +12,7 @@ import numpy as np
 from kfe_fx.cost.bounds import Bounds
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device
-from kfe_fx.cost.latency import RooflineLatency
+from kfe_fx.cost.latency import LatencyModel
 from kfe_fx.cost.solver import Demand, Selection, select_budget, select_widths
 from kfe_fx.cost.steps import matches
 from kfe_fx.errors import PlanError
@@ -45,13 +45,16 @@ class Selector:
     # costs -----------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def latency(self) -> RooflineLatency:
+    def latency(self) -> LatencyModel:
         """The predicted latency of the base."""
-        return RooflineLatency(self._model, self._device())
+        return self._predictor(self._model)
 
     @cached_property
-    def _dense_latency(self) -> RooflineLatency:
-        return self.latency if self._dense is self._model else RooflineLatency(self._dense, self._device())
+    def _dense_latency(self) -> LatencyModel:
+        return self.latency if self._dense is self._model else self._predictor(self._dense)
+
+    def _predictor(self, model: CostModel) -> LatencyModel:
+        return self._settings.predictor(model, self._device())
 
     def milliseconds(self, model: CostModel, removed: Collection[int] = ()) -> float:
         """Return the predicted milliseconds of the base or of the dense network without some of its units."""
@@ -74,7 +77,7 @@ class Selector:
         if (metric, drop) not in self._asides:
             shallow = self.shallow(drop)
             rest = CostModel(shallow.program, shallow.analysis)
-            cost = RooflineLatency(rest, self._device()) if metric == "latency" else getattr(rest, _COSTS[metric])
+            cost = self._predictor(rest) if metric == "latency" else getattr(rest, _COSTS[metric])
             self._asides[metric, drop] = self._costs(metric)[0].predict(self.units(drop)) - cost.predict(())
         return self._asides[metric, drop]
 

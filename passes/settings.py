@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from kfe_fx.cost.bounds import Bounds
 from kfe_fx.cost.budget import Limit
+from kfe_fx.cost.predictors import predictor
 
 if TYPE_CHECKING:
+    from kfe_fx.cost.count import CostModel
     from kfe_fx.cost.device import Device
+    from kfe_fx.cost.latency import LatencyModel
+    from kfe_fx.cost.predictors import Spec
     from kfe_fx.plan import Plan
 
 
@@ -38,6 +42,7 @@ class Settings:
     provider: str = "CPUExecutionProvider"
     precision: str = "fp32"
     target: Device | None = None
+    cost_model: Spec = "roofline"
     plan: Plan | None = None
     repair: str = "auto"
     decompose: bool = False
@@ -60,3 +65,7 @@ class Settings:
     def measures(self) -> bool:
         """Whether the budget is one of latency that is measured here; for another device it is predicted."""
         return self.metric == "latency" and self.target is None
+
+    def predictor(self, model: CostModel, device: Device) -> LatencyModel:
+        """Return what predicts the latency of a network on a device."""
+        return predictor(model, device, self.cost_model)

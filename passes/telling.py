@@ -66,16 +66,17 @@ def tell_counts(
         ]
 
 
-def tell_prediction(certificate: Certificate, device: Device, dense: float, pruned: float) -> None:
-    """Tell the latency on a device that is not here, in milliseconds."""
+def tell_prediction(certificate: Certificate, device: Device, dense: float, pruned: float, name: str) -> None:
+    """Tell the latency on a device that is not here, in milliseconds, and the name of what predicts it."""
     certificate.predicted = {
         "dense_ms": dense,
         "pruned_ms": pruned,
         "ratio": pruned / dense,
         "device": device.fingerprint.to_json(),
+        "predictor": {"name": name},
     }
     certificate.notes.append(
-        "the latency is predicted, not measured: it is that of the device profile given by --target"
+        f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"
     )
 
 

@@ -78,3 +78,12 @@ def test_changes_of_function_and_notes_reach_the_reader() -> None:
     lines = "\n".join([*told.remarks(), *(" ".join(row) for row in told.table())])
     assert "aten.layer_norm at blocks.0.norm" in lines
     assert "the network pins its batch size" in lines
+
+
+def test_the_error_of_the_predictor_is_told() -> None:
+    latency = {
+        "dense_ms": 2.0, "pruned_ms": 1.0, "ratio": 0.5, "interval": [0.49, 0.51], "threads": 1, "batch": 1,
+    }  # fmt: skip
+    told = table(replace(BARE, measured={"latency": latency, "predictor": {"name": "roofline", "error": 0.0123}}))
+    assert told["latency predicted by roofline, first shot"] == ("", "+1.2 %")
+    assert not any("predicted" in name for name in table(replace(BARE, measured={"latency": latency})))

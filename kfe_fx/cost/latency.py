@@ -46,7 +46,11 @@ if TYPE_CHECKING:
 
 
 class LatencyModel(Protocol):
-    """What predicts latency: a Cost whose unit is free."""
+    """What predicts latency, made of a network and a device: ``Predictor(model, device)``, see ``cost.predictors``.
+
+    ``model`` (a CostModel) counts under any removal: ``model.parameters(removed)``, ``model.macs(removed)``, shapes as
+    products of widths. ``device`` (a Device, a Profile, or None where nothing was measured) holds the constants.
+    """
 
     @property
     def name(self) -> str:
@@ -54,11 +58,17 @@ class LatencyModel(Protocol):
         ...
 
     def predict(self, removed: Removed) -> float:
-        """Return the time when the units in ``removed`` are gone, in units of its own."""
+        """Return nanoseconds when the units in ``removed`` are gone: ids, or one bool per unit.
+
+        What is measured here anchors the prediction, so that only its ratios matter; for ``--target`` nothing does.
+        """
         ...
 
     def terms(self) -> Sequence[Term] | None:
-        """Return the kernels, or None where the model does not tell them apart."""
+        """Return the kernels, whose costs add up to what is predicted, or None where the model is no such sum.
+
+        Without them the solver evaluates all of the model for every question it asks, which is slower.
+        """
         ...
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from kfe_fx.cost.count import CostModel, Term
 from kfe_fx.cost.device import Device
 from kfe_fx.cost.kernels import ConvKernel, GemmKernel
-from kfe_fx.cost.latency import RooflineLatency
+from kfe_fx.cost.predictors import ROOFLINE, Spec, predictor
 from kfe_fx.cost.profile import Profile
 from kfe_fx.cost.widths import Product
+from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.lowrank.finding import bare
 from kfe_fx.lowrank.layers import Layer
@@ -19,27 +20,36 @@ METRICS = ("latency", "macs", "params", "none")
 
 
 class Prices:
-    """The predicted latency of a network and of its layers in other forms, by the kernels of the roofline.
+    """The predicted latency of a network and of its layers in other forms, by the kernels of a predictor.
 
     Operations of a form are kernels like the layer's own with other sizes: an activation that runs inside the layer
     then runs inside the last of them. What is predicted to lie in caches stays as it is for the whole network.
     """
 
-    def __init__(self, model: CostModel, device: Device | Profile | None = None) -> None:
-        """Divide the network of ``model`` into kernels, timed by ``device`` (default: as built in)."""
-        latency = RooflineLatency(model, device)
+    def __init__(self, model: CostModel, device: Device | Profile | None = None, cost_model: Spec = ROOFLINE) -> None:
+        """Divide the network of ``model`` into kernels, timed by ``device`` (default: as built in).
+
+        Raises:
+            UsageError: the predictor tells no kernels apart.
+        """
+        latency = predictor(model, device, cost_model)
         self._sizes = list(model.widths.dense)
         self._terms: dict[str, ConvKernel | GemmKernel] = {}
-        for term in latency.terms():
+        for term in latency.terms() or ():
             if isinstance(term, ConvKernel | GemmKernel):
                 self._terms.setdefault(term.owner, term)
+        if not self._terms:
+            raise UsageError(
+                f"the cost model {latency.name!r} has no kernels of layers, by which decompositions are priced; "
+                "decompose with the roofline, or not at all"
+            )
         self._images = {
             node.name: _positions(model.values[node.args[0]], len(model.values[node].shape))
             for node in model.graph.nodes
             if isinstance(self._terms.get(node.name), ConvKernel)
         }
         self.whole_ms = latency.predict(()) / 1e6
-        self.step = device.step if isinstance(device, Device) else latency.profile.block
+        self.step = device.step if isinstance(device, Device) else (device or Profile()).block
 
     @classmethod
     def of(cls, program: Program, device: Device | Profile | None = None) -> Prices:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kfe_fx.cost.count import CostModel
-from kfe_fx.cost.latency import RooflineLatency
+from kfe_fx.cost.predictors import ROOFLINE, Spec, predictor
 from kfe_fx.errors import UsageError
 from kfe_fx.hard_concrete import LEAST, MOST, Learned, gate_at_test, insert_learned, learned, nonzero_probability
 from kfe_fx.labels.analysis import Analysis
@@ -52,13 +52,13 @@ def parameters_of_units(analysis: Analysis) -> np.ndarray:
     return counts
 
 
-def time_of_units(analysis: Analysis) -> np.ndarray:
-    """Predict the time that each unit takes, [units], in units of the roofline's own (see ``RooflineLatency``).
+def time_of_units(analysis: Analysis, cost_model: Spec = ROOFLINE) -> np.ndarray:
+    """Predict the time that each unit takes, [units], by a cost model (see ``kfe_fx.cost.predictors``).
 
     What a group of units costs, whole against down to what must stay, is shared among its units by their parameters:
     kernels work in blocks of channels, so that the first unit to go often saves nothing, and the last of a block all.
     """
-    cost = RooflineLatency(CostModel(analysis.program, analysis))
+    cost = predictor(CostModel(analysis.program, analysis), spec=cost_model)
     whole, sizes = cost.predict(()), parameters_of_units(analysis)
     times = np.zeros(len(analysis.units))
     for group in analysis.groups:
@@ -103,8 +103,9 @@ class L0:
             program: a network with hard concrete gates; its live module is what is penalised, for as long as it keeps
                 its parameters.
             strength: lambda, 0 or more, for the mean unit. It goes with a loss that is a mean over examples.
-            weight: what a unit costs: "params" (its parameters), "time" (predicted, see ``time_of_units``), one number
-                for each unit of the network without gates, or a function of its analysis that gives these.
+            weight: what a unit costs: "params" (its parameters), "time" (predicted by the roofline; by another cost
+                model: ``functools.partial(time_of_units, cost_model=...)``), one number for each unit of the network
+                without gates, or a function of its analysis that gives these.
             l2: precision of the weights that are on, 0 or more; 0 leaves them alone.
             examples: N, how many are trained on.
 

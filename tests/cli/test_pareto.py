@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 
 import kfe_fx
 from kfe_fx.cli.main import run
+from kfe_fx.cost.device import this_device, write_device
+from kfe_fx.cost.probes import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,29 @@ def test_several_budgets_on_the_command_line(made: Path, capsys: pytest.CaptureF
     assert [limit["metric"] for limit in told["limits"]] == ["macs", "params"]
     assert told["after"]["parameters"] <= 1000
     assert all(limit["met"] for limit in told["limits"])
+
+
+TABLE = """
+class Table:
+    name = "table"
+    def __init__(self, model, device):
+        self.model = model
+    def predict(self, removed):
+        return float(self.model.parameters(removed))
+    def terms(self):
+        return None
+"""
+
+
+def test_a_cost_model_of_a_third_party(made: Path, capsys: pytest.CaptureFixture[str]):
+    Path("mine.py").write_text(TABLE)
+    measured = replace(this_device(), fingerprint=replace(fingerprint(), cpu="another one"), step=1)
+    write_device(measured, "there.json")
+    command = ["prune", made / "wide.pt", "--budget", "0.7", "--target", "there.json"]
+    told = answer(capsys, *command, "--cost-model", "mine.py:Table")
+    assert told["predicted"]["predictor"] == {"name": "table"}
+    assert told["predicted"]["pruned_ms"] * 1e6 == told["after"]["parameters"]
+    assert "does not name a function: write roofline or" in refused(capsys, *command, "--cost-model", "oracle", "-f")
 
 
 def test_a_target_is_predicted(made: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kfe_fx
 from kfe_fx import prune
+from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, write_device
 from kfe_fx.cost.probes import fingerprint
 from kfe_fx.cost.profile import Profile
@@ -231,6 +232,40 @@ def test_two_devices_get_two_plans_that_are_predicted(tmp_path: Path) -> None:
     milliseconds = first.certificate.predicted["dense_ms"] / 2
     half = cut(f"{milliseconds}ms", target=dear, depth=False)
     assert half.certificate.predicted["pruned_ms"] <= milliseconds * (1 + 1e-6)
+
+
+class ByParameters:
+    """A cost model of a third party: what counts is the number of parameters."""
+
+    name = "by-parameters"
+
+    def __init__(self, model: CostModel, device: Device) -> None:
+        self.model = model
+
+    def predict(self, removed: Any) -> float:
+        return float(self.model.parameters(removed))
+
+    def terms(self) -> None:
+        return None
+
+
+def test_another_cost_model_gives_another_plan() -> None:
+    options: dict[str, Any] = {"target": device(conv_mac=1.0), "depth": False}
+    found = cut(0.6, cost_model=ByParameters, **options)
+    assert found.plan.kept == cut("params=0.6", depth=False).plan.kept
+    assert found.plan.kept != cut(0.6, **options).plan.kept
+    assert found.certificate.predicted["predictor"] == {"name": "by-parameters"}
+    assert any("by-parameters" in note for note in found.certificate.notes)
+    with pytest.raises(UsageError, match="no cost model 'oracle'"):
+        cut(0.6, cost_model="oracle")
+
+
+def test_the_certificate_tells_the_cost_model_and_its_error() -> None:
+    certificate = cut(0.7, cost_model=ByParameters, depth=False, multiple_of=1).certificate
+    told = certificate.measured["predictor"]
+    first = certificate.measured["turns"][0]
+    assert told == {"name": "by-parameters", "error": first["predicted"] / first["measured"] - 1}
+    assert any(row[0] == "latency predicted by by-parameters, first shot" for row in certificate.table())
 
 
 def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
