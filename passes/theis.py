@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kfe_fx.curvature.distributed import Group
 from kfe_fx.gates import insert
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program, ProgramModule, copy_graph
@@ -43,7 +44,8 @@ class Signals:
     Attributes:
         program: the network that is trained.
         analysis: its units.
-        choose: called with (scores, share of the steps done); returns the units that are to be masked by then.
+        choose: called with (scores, share of the steps done); returns the units that are to be masked by then. In a
+            process group rank 0 alone calls it.
         total: steps in all.
         masked: the units that are.
         scores: Delta, float64 [units].
@@ -101,20 +103,42 @@ class Signals:
         return 1
 
     def add_gradients(self) -> None:
-        """Take in the signals of a step; called behind its backward pass, as penalties are. Adds nothing."""
-        for gates, rows in self._seen:
-            for units, gate in zip(self._columns, gates, strict=True):
-                if gate.grad is not None:
-                    # gradients of the mean over the batch; one row holds the sum of all examples, whose square is
-                    # that of N independent ones
-                    per_unit = (gate.grad.double() * rows).square().sum(0) / (2 * rows)
-                    self.scores[units] *= self.decay
-                    self.scores[units] += (1 - self.decay) * per_unit.numpy()
+        """Take in the signals of a step; called behind its backward pass, as penalties are. Adds nothing.
+
+        In a process group every rank calls it in every step, with its share of the batch or none of it.
+        """
+        for units, per_unit in zip(self._columns, self._per_unit(), strict=True):
+            if per_unit is not None:
+                self.scores[units] *= self.decay
+                self.scores[units] += (1 - self.decay) * per_unit
         self._seen.clear()
         self._steps += 1
         self._weight = 1 - self.decay**self._steps
         if self._steps % self.every == 0 or self._steps == self.total:
-            self.masked |= self.choose(self.estimates(), self._steps / self.total)
+            # rank 0 chooses: sums that differ in the last bit would mask other units
+            share = self._steps / self.total
+            self.masked |= Group.current().lead(lambda: self.choose(self.estimates(), share))
+
+    def _per_unit(self) -> list[np.ndarray | None]:
+        """Return 1/(2N) sum_n g[n, u]^2 over the batch of all ranks, per group of units; None where nothing came back.
+
+        A rank's gradients are those of the mean over its share, so times the share they are those of its examples. A
+        gate of one row holds the sum of all examples, whose square is that of N independent ones: ranks add before it.
+        """
+        sums = [torch.zeros(len(units) + 1, dtype=torch.float64) for units in self._columns]  # and whether there is any
+        examples = torch.tensor([float(sum(rows for _, rows in self._seen))], dtype=torch.float64)
+        for gates, rows in self._seen:
+            for total, gate in zip(sums, gates, strict=True):
+                if gate.grad is not None:
+                    found = gate.grad.double() * rows
+                    total[:-1] += (found if self._alone else found.square()).sum(0)
+                    total[-1] += 1
+        Group.current().sum([examples, *sums])
+        squares = [total[:-1].square() if self._alone else total[:-1] for total in sums]
+        return [
+            (each / (2 * float(examples))).numpy() if float(total[-1]) else None
+            for each, total in zip(squares, sums, strict=True)
+        ]
 
     def estimates(self) -> np.ndarray:
         """Return the scores without the bias of a short run: the average's start at zero is divided out."""

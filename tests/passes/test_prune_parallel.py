@@ -22,6 +22,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fisher": {"budget": 0.5, "metric": "macs", "epochs": 2, "rounds": 2},
     "unlabelled": {"budget": 0.5, "metric": "params", "criterion": "taylor", "epochs": 0, "unlabelled": True},
     "curvature": {"budget": 0.6, "metric": "macs", "criterion": "kron-obd", "epochs": 1, "rounds": 1, "distil": 0.5},
+    "theis": {"budget": 0.4, "metric": "macs", "schedule": "theis", "epochs": 4, "rounds": 2, "repair": "none"},
+    "netadapt": {"budget": 0.6, "metric": "macs", "schedule": "netadapt", "epochs": 1, "rounds": 3},
     "latency": {"budget": 0.7, "epochs": 0, "multiple_of": 1},
 }
 
