@@ -14,7 +14,7 @@ from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.loop import close_loop
 from kfe_fx.cost.solver import Selection
-from kfe_fx.criteria.base import ScoreContext, resolve, score
+from kfe_fx.criteria.base import ScoreContext, score
 from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.embedding import lift_scores, units_at
@@ -79,6 +79,7 @@ class Shared:
     """What several runs on one dense network have in common: its scores, and the sessions that measure it."""
 
     scores: np.ndarray | None = None
+    changes: np.ndarray | None = None
     scoring: dict[str, Any] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
 
@@ -116,6 +117,8 @@ class Rounds:
         self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scoring: dict[str, Any] = {}
         self.curvature: Any = None  # factors of the network that was scored last, where the criterion took some
+        # what the scores of now promise of the loss, unit by unit; None where they promise nothing
+        self.changes: np.ndarray | None = None
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
             raise UnsupportedModel(
@@ -245,7 +248,7 @@ class Rounds:
         first = not self.certificate.rounds
         shares = first and not settings.decompose  # else they are of one network after the other
         if shares and self.shared.scores is not None:
-            self.scoring = self.shared.scoring
+            self.scoring, self.changes = self.shared.scoring, self.shared.changes
             return self.shared.scores
         whole = state.shallow.analysis
         analysis = analyze(state.small, heads=settings.heads) if state.removed else replace(whole, program=state.small)
@@ -261,12 +264,18 @@ class Rounds:
             context.store["curvature"] = settings.store
         scores = score(settings.criterion, context)
         self.curvature = context.store.get("curvature")
-        if settings.penalty:
+        changes = context.changes
+        if settings.penalty:  # it ranks, and is no part of the loss
             scores = scores + 0.5 * settings.penalty * squared_norms(analysis)
         self.scoring = dict(context.facts)
         if shares:
-            self.shared.scores, self.shared.scoring = scores, self.scoring
-        return lift_scores(whole, analysis, scores, state.plan.kept) if state.removed else scores
+            self.shared.scores, self.shared.scoring, self.shared.changes = scores, self.scoring, changes
+        self.changes = changes
+        if not state.removed:
+            return scores
+        if changes is not None:
+            self.changes = lift_scores(whole, analysis, changes, state.plan.kept)
+        return lift_scores(whole, analysis, scores, state.plan.kept)
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)
@@ -348,14 +357,20 @@ class Rounds:
 
     def _losses(self, before: State, after: State, unrepaired: float, selection: Selection) -> dict[str, Any]:
         """Return the loss on the calibration examples around a surgery, and the change that the scores promised."""
-        predicts = self.settings.plan is None and resolve(self.settings.criterion).predicts and not selection.dropped
         return {
             "of": self.trial.name,
             "before": self.trial.loss(before.small),
             "removed": unrepaired,
             "repaired": self.trial.loss(after.small),
-            "predicted_change": selection.loss if predicts else None,
+            "predicted_change": self._promised(before, selection),
         }
+
+    def _promised(self, before: State, selection: Selection) -> float | None:
+        """Return the sum of what was promised of the units that go; None where there is one of which nothing was."""
+        if self.changes is None or self.settings.plan is not None or selection.dropped or not self.trial.judges_loss:
+            return None
+        total = float(self.changes[sorted(selection.removed - before.removed)].sum())
+        return total if np.isfinite(total) else None
 
     def _cut(self, selection: Selection, scores: np.ndarray | None, *, prove: bool = True) -> tuple[Cut, float]:
         """Drop branches, then remove units; return the last cut and the larger error."""
@@ -461,7 +476,7 @@ class Rounds:
         steps = max(1, round(MASKING * self.tuner.steps(part.count, last=part.last)))
         signals = Signals(state.small, analysis, choose, steps)
         self._train(steps, [signals], signals.view())
-        self.signals = lifted(signals.scores_with_masked_first())
+        self.signals, self.changes = lifted(signals.scores_with_masked_first()), lifted(signals.estimates())
         return self.signals
 
     def _take_back(self, before: State, why: str, judge: Metric | None) -> None:

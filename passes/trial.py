@@ -44,6 +44,11 @@ class Trial:
         """What is measured: the loss by its name, or the distance from the dense network's outputs."""
         return "distance" if self._loss is None else self._loss.name
 
+    @property
+    def judges_loss(self) -> bool:
+        """Whether it is the loss on targets, which scores can promise something of."""
+        return self._loss is not None
+
     @staticmethod
     def _run(program: Program, batch: Batch) -> tuple[Any, ...]:
         with torch.no_grad():

@@ -33,6 +33,8 @@ class ScoreContext:
         seed: of everything that is drawn.
         store: what other passes measured, by name (curvature factors, ...); criteria say what they need of it.
         facts: filled by ``score``: where labels and inputs came from, how many examples, and so on.
+        changes: filled by ``score``: what the mean loss changes by with each unit alone, signed, float64 [units], where
+            the criterion predicts it; NaN for a unit that its model says nothing of. Scores rank: they may be absolute.
     """
 
     program: Program
@@ -42,6 +44,7 @@ class ScoreContext:
     seed: int = 0
     store: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    changes: np.ndarray | None = field(default=None, init=False)
     _measured: Store | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -139,7 +142,8 @@ class Criterion(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
-    predicts: ClassVar[bool] = False  # the scores are changes of the loss, in its unit
+    # the scores are changes of the loss, in its unit, unless ``score`` puts others into ``context.changes``
+    predicts: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, context: ScoreContext) -> np.ndarray:
@@ -201,7 +205,7 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
         context: what there is to score with; its ``facts`` are filled.
 
     Returns:
-        float64 [units], the larger the more is lost.
+        float64 [units], the larger the more is lost. ``context.changes`` holds what is promised of the loss.
 
     Raises:
         UsageError: something that the criterion needs is not there, or it returned something that is no score.
@@ -212,6 +216,7 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
     program = context.program
     training = program.module().training
     program.eval()
+    context.changes = None
     try:
         scores = np.asarray(criterion.score(context), dtype=np.float64)
     finally:
@@ -223,6 +228,10 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
         unit = context.analysis.units[int(np.flatnonzero(~np.isfinite(scores))[0])]
         where = context.analysis.groups[unit.group].name
         raise UsageError(f"the criterion {criterion.name!r} gives a score of {scores[unit.id]} to a unit of {where}")
+    if not criterion.predicts:
+        context.changes = None  # those of another criterion that it may have asked
+    elif context.changes is None:
+        context.changes = scores
     return scores
 
 

@@ -96,6 +96,7 @@ class Scoring:
         for side, model in last:
             self._fill(scores, store, wanted, side, model)
         facts["unmeasured"] = int(np.isnan(scores).sum())
+        self.context.changes = scores  # without the made-up ones
         return np.where(np.isnan(scores), scores[~np.isnan(scores)].max(initial=0.0), scores)
 
     def _fill(self, scores: np.ndarray, store: Store | None, wanted: tuple[str, ...], side: str, model: Model) -> None:

@@ -37,9 +37,10 @@ class LossModel(Criterion):
     g is the gradient of the mean loss in evaluation mode, without weight decay, and H the generalised Gauss-Newton
     matrix of which the diagonal is taken exactly over the classes (``Likelihood.columns``) up to 20 outputs, with
     sampled labels above. ``first`` and ``second`` say which of the two terms a model has. Scores are absolute values:
-    where a model promises that the loss falls, it is far outside of where it holds.
+    where a model promises that the loss falls, it is far outside of where it holds. What it promises stays signed.
     """
 
+    predicts: ClassVar[bool] = True
     first: ClassVar[bool]
     second: ClassVar[bool]
 
@@ -52,7 +53,9 @@ class LossModel(Criterion):
             gradient += rows.sum(0)
             curvature += squares.sum(0)
             count += len(rows)
-        return self.change(gradient / max(count, 1), curvature / max(count, 1)).abs().numpy()
+        change = self.change(gradient / max(count, 1), curvature / max(count, 1))
+        context.changes = change.numpy()
+        return change.abs().numpy()
 
     def weights(self, context: ScoreContext) -> dict[str, Tensor]:
         """Return |change| of each single weight; see ``changes``."""
@@ -114,18 +117,23 @@ class OptimalBrainDamage(LossModel):
 class SecondOrderTaylor(Criterion):
     """Score units by mean_n |-g[n, u] + 1/2 h[n, u]|: ``taylor`` with the second-order term of each example.
 
-    Molchanov et al. 2019, section 3.1, with the generalised Gauss-Newton matrix for the Hessian.
+    Molchanov et al. 2019, section 3.1, with the generalised Gauss-Newton matrix for the Hessian. What it promises of
+    the mean loss is mean_n (-g[n, u] + 1/2 h[n, u]), as ``qm``.
     """
 
     name: ClassVar[str] = "taylor-so"
+    predicts: ClassVar[bool] = True
 
     def score(self, context: ScoreContext) -> np.ndarray:
         """Return the mean over examples, [units]."""
-        total = torch.zeros(len(context.analysis.units), dtype=torch.float64)
+        total, signed = torch.zeros(2, len(context.analysis.units), dtype=torch.float64)
         count = 0
         for rows, squares in _gates(context):
-            total += (0.5 * squares - rows).abs().sum(0)
+            changes = 0.5 * squares - rows
+            total += changes.abs().sum(0)
+            signed += changes.sum(0)
             count += len(rows)
+        context.changes = (signed / max(count, 1)).numpy()
         return (total / max(count, 1)).numpy()
 
 

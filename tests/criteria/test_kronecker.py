@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import kfe_fx
 from kfe_fx.criteria import ScoreContext, score
-from kfe_fx.criteria.kronecker import DiagonalSurgery, KronOBS, owned_entries
+from kfe_fx.criteria.kronecker import DiagonalSurgery, KronOBS, Scoring, owned_entries
 from kfe_fx.criteria.members import ROWS, find_members
 from kfe_fx.curvature import Store, fit
 from kfe_fx.errors import BadData, UsageError
@@ -97,6 +97,15 @@ def context_of(name: str = "residual", store: Store | None = None) -> ScoreConte
     if store is not None:
         context.store["curvature"] = store
     return context
+
+
+def test_a_unit_that_nothing_was_measured_of_goes_last_and_promises_nothing():
+    context = context_of()
+    scores = Scoring(context).scores("kfac", [])  # no question: entries with second moments alone are left
+    assert context.facts["unmeasured"] > 0
+    assert np.isfinite(scores).all()
+    assert context.changes is not None
+    assert np.isnan(context.changes).sum() == context.facts["unmeasured"]
 
 
 def quadratic(context: ScoreContext, kind: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from kfe_fx.errors import BadData, UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.gates import gated
 from kfe_fx.labels.analysis import analyze
+from kfe_fx.passes.prune import prune
 from kfe_fx.program import Program
 from tests.criteria.conformance import CriterionConformance
 from tests.criteria.nets import CLASSES, build, expected_gradients, program_of
@@ -131,6 +132,48 @@ def test_the_quadratic_model_of_a_unit_is_the_true_change_of_a_mean_square():
         after, before = (F.linear(h, state["second.weight"], state["second.bias"]) for h in (masked, hidden))
         true.append(float(((after - y) ** 2).mean() - ((before - y) ** 2).mean()))
     np.testing.assert_allclose(score("qm", context), np.abs(true), rtol=1e-9)
+
+
+MODELS_OF_UNITS = (*MODELS, "taylor-so")
+
+
+@pytest.mark.parametrize("name", MODELS_OF_UNITS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_is_promised_of_a_unit_is_the_signed_model(name: str, sign: float):
+    """T6.1 for units, through ``prune``; without its unit the loss falls in one case, and rises in the other."""
+    program = linear(seed=1)
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(3)).double()
+    with torch.no_grad():
+        y = (sign * 3 * program(x)).float().double()  # targets are read as float32
+    one = {"budget": 0.8, "metric": "widths", "criterion": name, "epochs": 0, "repair": "none"}
+    result = prune(program, data=(x, y), val=(x[:5], y[:5]), **one)
+    (gone,) = result.plan.units(analyze(program))
+    state = program.state_dict()
+    hidden = F.linear(x, state["first.weight"], state["first.bias"])[:, gone]
+    error = F.linear(F.linear(x, state["first.weight"], state["first.bias"]), state["second.weight"]) - y
+    error = error + state["second.bias"]
+    effect = hidden[:, None] * state["second.weight"][:, gone]  # of the gate on the outputs
+    g, h = float(2 * (error * effect).mean()), float(2 * effect.square().mean())
+    expected = {"lm": -g, "obd": 0.5 * h}.get(name, -g + 0.5 * h)
+    told = result.certificate.loss
+    assert told["predicted_change"] == pytest.approx(expected, rel=1e-9)
+    if name in ("qm", "taylor-so"):
+        assert told["realised_change"] == pytest.approx(expected, rel=1e-9)
+        assert (told["realised_change"] < 0) == (sign > 0)
+
+
+def test_scores_rank_and_changes_are_signed():
+    program = linear()
+    x, y = torch.randn(7, 4).double(), torch.randn(7, 3).double()
+    context = context_of(program, x, y)
+    for name in ("lm", "qm"):
+        scores = score(name, context)
+        assert context.changes is not None
+        assert (context.changes < 0).any()
+        np.testing.assert_array_equal(np.abs(context.changes), scores)
+    score("magnitude", context)  # of no loss
+    assert context.changes is None
+    np.testing.assert_array_equal(score("fisher", context), context.changes)
 
 
 # single weights -------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfe_fx
-from kfe_fx.criteria import Criterion, ScoreContext
+from kfe_fx.cost.solver import Selection
+from kfe_fx.criteria import Criterion, ScoreContext, score
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import Analysis, analyze
+from kfe_fx.passes import rounds as passes_rounds
 from kfe_fx.passes.prune import PruneResult, prepare, prune
-from kfe_fx.passes.schedules import round_ratios
+from kfe_fx.passes.schedules import netadapt, round_ratios
 from kfe_fx.passes.theis import DECAY, Signals
 from kfe_fx.program import Program
 
@@ -89,13 +91,44 @@ def test_every_schedule_meets_the_budget_and_keeps_what_matters(trained: Program
     assert accuracy(result.program) > accuracy(trained) - 0.05
 
 
-def test_netadapt_takes_one_group_a_round(trained: Program):
-    result = run(trained, schedule="netadapt", rounds=4, epochs=0, budget=0.6)
+def groups_by_round(program: Program, monkeypatch: pytest.MonkeyPatch, schedule: str) -> list[set[str]]:
+    """The names of the groups that lost units in each of four rounds; the last plan holds them all."""
+    went: list[frozenset[int]] = []
+    surgery = passes_rounds.Rounds._surgery
+
+    def watched(self: Any, selection: Any, *rest: Any) -> None:
+        went.append(selection.removed - self.state.removed)
+        surgery(self, selection, *rest)
+
+    monkeypatch.setattr(passes_rounds.Rounds, "_surgery", watched)
+    result = run(program, schedule=schedule, rounds=4, epochs=0, budget=0.6)
+    analysis = analyze(program)
     assert result.certificate.feasible
-    # of two groups: a round that cuts both would be the common selection
-    x, plan = data(2)[0], result.plan
-    assert set(plan.kept) <= set(trained.state_dict())
-    assert result.program(x).shape == (2, 3)
+    assert [len(units) for units in went] == [entry["removed"] for entry in result.certificate.rounds]
+    assert frozenset().union(*went) == result.plan.units(analysis)
+    return [{analysis.groups[analysis.units[unit].group].name for unit in units} for units in went]
+
+
+def test_netadapt_takes_one_group_a_round(trained: Program, monkeypatch: pytest.MonkeyPatch):
+    assert [len(names) for names in groups_by_round(trained, monkeypatch, "netadapt")] == [1] * 4
+
+
+def test_other_schedules_take_from_all_groups_at_once(trained: Program, monkeypatch: pytest.MonkeyPatch):
+    """The networks and the budget of the test above, where one group a round is no matter of course."""
+    assert max(len(names) for names in groups_by_round(trained, monkeypatch, "exponential")) == 2
+
+
+def test_netadapt_takes_the_group_that_leaves_the_least_loss(trained: Program):
+    analysis = analyze(trained)
+    first, second = (group.units for group in analysis.groups)
+
+    def proposal(scores: np.ndarray) -> Selection:
+        return Selection(frozenset([int(scores.argmin())]), 0.5, True)
+
+    scores = np.arange(1.0, len(analysis.units) + 1)
+    for better in (first, second):
+        found = netadapt(analysis, scores, proposal, lambda s, b=better: float(not s.removed <= set(b)), frozenset())
+        assert found.removed == {better[0]}
 
 
 class Once(Criterion):
@@ -228,6 +261,66 @@ def test_losses_around_a_surgery_are_told(trained: Program):
 
 def test_a_criterion_that_predicts_no_loss_promises_none(trained: Program):
     certificate = run(trained, epochs=0, criterion="magnitude").certificate
+    assert certificate.loss["predicted_change"] is None
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "qm"])
+def test_the_penalty_is_no_part_of_what_is_promised(trained: Program, criterion: str):
+    result = run(trained, epochs=0, rounds=1, criterion=criterion, penalty=10.0)
+    analysis = analyze(trained)
+    context = ScoreContext.of(trained, analysis, data(400))
+    score(criterion, context)
+    assert context.changes is not None
+    expected = context.changes[sorted(result.plan.units(analysis))].sum()
+    assert result.certificate.loss["predicted_change"] == pytest.approx(expected, rel=1e-5)
+    assert result.certificate.rounds[0]["predicted_loss"] > 10 * abs(expected)  # what was ranked by
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}])
+def test_theis_promises_what_its_signals_said(
+    trained: Program, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    seen: list[Signals] = []
+
+    class Kept(Signals):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            seen.append(self)
+
+    monkeypatch.setattr(passes_rounds, "Signals", Kept)
+    result = run(trained, schedule="theis", rounds=1, epochs=4, **options)
+    removed = sorted(result.plan.units(analyze(trained)))
+    assert seen[0].masked <= set(removed)
+    promised = result.certificate.loss["predicted_change"]
+    assert promised > 0
+    assert promised == pytest.approx(seen[0].estimates()[removed].sum())
+
+
+def test_the_promises_of_a_shrunk_network_count_its_own_units(trained: Program):
+    """In later rounds they are lifted to the units of the original, as scores are; of fisher both are the same."""
+    entries = run(trained, epochs=0, rounds=3, criterion="fisher").certificate.rounds
+    assert [entry["loss"]["predicted_change"] for entry in entries] == pytest.approx(
+        [entry["predicted_loss"] for entry in entries]
+    )
+
+
+class Unknown(Once):
+    """Promises something of all units but one."""
+
+    def score(self, context: ScoreContext) -> np.ndarray:
+        scores = super().score(context)
+        context.changes = np.where(np.arange(len(scores)) == 0, np.nan, scores)
+        return scores
+
+
+def test_nothing_is_promised_where_a_unit_goes_that_no_model_knows(trained: Program):
+    assert run(trained, epochs=0, rounds=1, criterion=Unknown).certificate.loss["predicted_change"] is None
+    assert run(trained, epochs=0, rounds=1, criterion=Once).certificate.loss["predicted_change"] > 0
+
+
+def test_no_loss_is_promised_where_a_distance_is_measured(trained: Program):
+    certificate = run(trained, epochs=0, rounds=1, data=data(400)[0], val=None).certificate
+    assert certificate.loss["of"] == "distance"
     assert certificate.loss["predicted_change"] is None
 
 
