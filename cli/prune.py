@@ -173,6 +173,9 @@ def command(
     Writes MODEL.pruned.onnx, MODEL.pruned.pt and MODEL.pruned.json: the network for ONNX Runtime, the same
     as a checkpoint that can be trained on, and the plan with the proof. MODEL is never touched.
 
+    Under torchrun the plan is that of one process, but for dropout and batch norms inside recurrent layers,
+    which see the share of a process.
+
     \b
     Examples:
       kfe-fx prune model.pt --budget 0.5

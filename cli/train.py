@@ -237,7 +237,8 @@ def command(
 
     The weights of the best epoch on held-out examples are written (with --group-lasso or --l0 of the last). MODEL is
     never touched. After every epoch OUTPUT.checkpoint holds all that the next one depends on, and an interrupted run
-    goes on with --resume to the same weights, bit for bit. Under torchrun each process takes its share of every batch.
+    goes on with --resume to the same weights, bit for bit. Under torchrun each process takes its share of every batch;
+    batch norms see all of it, those inside recurrent layers the share.
 
     \b
     Examples:

@@ -49,6 +49,7 @@ from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
+from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
 
 FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
@@ -501,6 +502,8 @@ class Rounds:
     def _tell_data(self) -> None:
         certificate = self.certificate
         certificate.data = {"note": self.data.note, **self.scoring}
+        if self.tuner.trains and Group.current().size > 1 and has_own_norms(self.original):
+            certificate.notes.append(OWN_SHARES)
         if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
 

@@ -18,7 +18,8 @@ from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches
 from kfe_fx.training.losses import Loss, main_output, settle
 from kfe_fx.training.metrics import Metric, evaluate
-from kfe_fx.training.parallel import average_gradients, share_of, share_tensors
+from kfe_fx.training.parallel import average_gradients, share_tensors, weighted_share
+from kfe_fx.training.shared_norms import has_live_norms, shared_norms
 
 EXAMPLES = 60_000  # seen by default, all epochs together
 MIN_EPOCHS, MAX_EPOCHS = 3, 30
@@ -132,8 +133,9 @@ class Teacher(Protocol):
 class Trainer:
     """One run: the optimiser, its schedule, and what was seen.
 
-    In a process group each rank works on its share of every batch; gradients are those of the whole batch. Penalties
-    come on top of these, once: every rank has the same parameters, so every rank adds the same.
+    In a process group each rank works on its share of every batch; gradients, and what batch norms normalise with, are
+    those of the whole batch (``kfe_fx.training.shared_norms``). Penalties come on top of these, once: every rank has
+    the same parameters, so every rank adds the same.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class Trainer:
         self.record = Record()
         self.stage = "fine-tuning"
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.coupled = has_live_norms(program)
         self.parameters = [parameter for parameter in program.module().parameters() if parameter.requires_grad]
 
     @property
@@ -178,9 +181,9 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        share = share_of(batch, self.group)
-        value = self._loss(share) if share.count else None
-        weight = share.count / batch.count
+        share, weight = weighted_share(batch, self.group, coupled=self.coupled)
+        with shared_norms(self.program, share, batch, self.group):
+            value = self._loss(share) if share.count else None
         number = float(value.detach()) if value is not None else 0.0
         if self.group.size > 1:
             number = self.group.sum_number(number * weight if value is not None else 0.0)

@@ -41,10 +41,22 @@ def share_of(batch: Batch, group: Group) -> Batch:
     return batch.rows(start, stop)
 
 
+def weighted_share(batch: Batch, group: Group, *, coupled: bool) -> tuple[Batch, float]:
+    """Return this rank's part of a batch, and what it counts in the loss of the batch.
+
+    Where a norm has ``coupled`` the examples every rank must run the network. A batch of fewer examples than there are
+    ranks is done by each of them as a whole.
+    """
+    if coupled and batch.count < group.size:
+        return batch, 1 / group.size
+    share = share_of(batch, group)
+    return share, share.count / batch.count
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], weight: float, group: Group) -> None:
     """Replace each gradient by its mean over the ranks, in place.
 
-        p.grad = sum over ranks r of  weight_r * p.grad_r,  weight_r = examples of rank r / examples of the batch
+        p.grad = sum over ranks r of  weight_r * p.grad_r,  weight_r as ``weighted_share`` tells
 
     A gradient that is missing on some ranks counts as zero there; one that is missing on all stays so.
     """

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.data.dataset import ArrayData
@@ -24,6 +23,7 @@ from kfe_fx.training.metrics import resolve_metric
 from kfe_fx.training.optimizer_state import close_optimizer, make_optimizer
 from kfe_fx.training.parallel import check_shared, share_tensors
 from kfe_fx.training.prune_data import HELD_OUT
+from kfe_fx.training.shared_norms import OWN_SHARES, has_live_norms, has_own_norms
 from kfe_fx.training.threads import fastest_threads
 
 
@@ -239,10 +239,13 @@ def _notes(program: Program, optimizer: torch.optim.Optimizer, group: Group) -> 
     skipped = getattr(optimizer, "skipped", 0)
     if skipped:
         notes.append(f"{skipped} steps were not taken: their gradients were not finite")
-    if left_out is not None and _has_live_norms(program):
-        notes.append("batch norm couples the examples of a batch: curvature was taken by rows, not by examples")
-    if group.size > 1 and _has_live_norms(program):
-        notes.append("each process normalised its own share of a batch; rank 0's running statistics were kept")
+    if left_out is not None and has_live_norms(program):
+        shares = ", of each process's share" if group.size > 1 else ""
+        notes.append(
+            f"batch norm couples the examples of a batch: curvature was taken by rows, not by examples{shares}"
+        )
+    if group.size > 1 and has_own_norms(program):
+        notes.append(OWN_SHARES)
     return notes
 
 
@@ -252,10 +255,3 @@ def _empty_groups(facts: dict[str, Any] | None) -> list[str]:
         return []
     few = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
     return [f"every unit of {len(empty)} groups ({few}) is near zero: lower group lasso to keep some"]
-
-
-def _has_live_norms(program: Program) -> bool:
-    norms = program.graphs.get("train", fx.Graph()).find_nodes(
-        op="call_function", target=torch.ops.aten.batch_norm.default
-    )
-    return any(node.args[5] for node in norms)

@@ -24,12 +24,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "curvature": {"budget": 0.6, "metric": "macs", "criterion": "kron-obd", "epochs": 1, "rounds": 1, "distil": 0.5},
     "theis": {"budget": 0.4, "metric": "macs", "schedule": "theis", "epochs": 4, "rounds": 2, "repair": "none"},
     "netadapt": {"budget": 0.6, "metric": "macs", "schedule": "netadapt", "epochs": 1, "rounds": 3},
+    "batch norm": {"budget": 0.35, "metric": "macs", "epochs": 4, "rounds": 3},
     "latency": {"budget": 0.7, "epochs": 0, "multiple_of": 1},
 }
 
 
 class Net(nn.Module):
-    """No batch norm, whose statistics are those of a rank's share."""
+    """A convolution and three layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,6 +42,19 @@ class Net(nn.Module):
         return self.head(F.relu(self.mid(F.relu(self.up(y)))))
 
 
+class Normed(nn.Module):
+    """Batch norms over images and over rows, whose statistics are those of all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 16, 3, padding=1), nn.BatchNorm1d(16)
+        self.up, self.flat, self.head = nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.conv(x))).mean(2)
+        return self.head(F.relu(self.flat(self.up(y))))
+
+
 def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(count, 2, 6, generator=torch.Generator().manual_seed(seed)).double()
     return x, (x[:, 0].sum(1) > 0).long() + (x[:, 1, 0] > 0).long()
@@ -49,7 +63,7 @@ def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def one(name: str) -> Any:
     options = dict(RUNS[name])
     torch.manual_seed(0)
-    net = Net() if name == "latency" else Net().double()
+    net = Normed().double() if name == "batch norm" else Net() if name == "latency" else Net().double()
     data, val = examples(150, 1), examples(60, 2)
     if name == "latency":
         data, val = (data[0].float(), data[1]), (val[0].float(), val[1])

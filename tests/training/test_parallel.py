@@ -37,15 +37,27 @@ class Net(nn.Module):
 
 
 class Normed(nn.Module):
-    """A batch norm and dropout: processes differ in what they see."""
+    """A batch norm and dropout: processes differ in what they drop."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
-        self.first, self.norm, self.drop = nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)
+        self.first, self.norm, self.drop = nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Dropout(dropout)
         self.last = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.drop(torch.relu(self.norm(self.first(x.flatten(1))))))
+
+
+class Spread(nn.Module):
+    """Batch norms: over positions, without weights, of a rank's only example; no dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, momentum=0.3)
+        self.plain, self.last = nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.plain(torch.relu(self.norm(self.conv(x)))).mean(2))
 
 
 def program(kind: type[nn.Module] = Net) -> Program:
@@ -92,6 +104,10 @@ def work(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: trained(optimizer=name) for name in OPTIMIZERS}
     for name in ("sgd", "ekfac"):  # rank 1 has nothing to do
         found[f"{name} one by one"] = trained(optimizer=name, batch_size=1, epochs=1)
+    for name in ("sgd", "adamw", "ekfac"):
+        found[f"spread {name}"] = trained(kind=Spread, optimizer=name)
+    found["spread odd"] = trained(kind=Spread, optimizer="sgd", batch_size=3, epochs=1)  # shares of 2 and 1
+    found["spread one by one"] = trained(kind=Spread, optimizer="sgd", batch_size=1, epochs=1)
     found["normed"] = trained(kind=Normed, optimizer="sgd")
     place = folder / "run.checkpoint"
     interrupted(place)
@@ -131,12 +147,35 @@ def test_a_process_may_have_nothing_to_do(both: list[dict[str, Any]], name: str)
         close(found[f"{name} one by one"][1], state, 1e-8)
 
 
-def test_norms_are_local_and_that_is_said(both: list[dict[str, Any]]):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("spread sgd", {"optimizer": "sgd"}),
+        ("spread adamw", {"optimizer": "adamw"}),
+        ("spread odd", {"optimizer": "sgd", "batch_size": 3, "epochs": 1}),
+        ("spread one by one", {"optimizer": "sgd", "batch_size": 1, "epochs": 1}),
+    ],
+)
+def test_batch_norms_see_the_whole_batch(both: list[dict[str, Any]], name: str, options: dict[str, Any]):
+    facts, state = trained(kind=Spread, **options)
+    for found in both:
+        shared_facts, shared = found[name]
+        close(shared, state, 1e-8)
+        assert shared_facts["epoch_losses"] == pytest.approx(facts["epoch_losses"], rel=1e-8)
+        assert not any("normalised" in note for note in shared_facts["notes"])
+
+
+def test_curvature_of_coupled_examples_is_that_of_the_shares_and_that_is_said(both: list[dict[str, Any]]):
+    facts, state = both[0]["spread ekfac"]
+    assert any(note.endswith("not by examples, of each process's share") for note in facts["notes"])
+    assert any(note.endswith("not by examples") for note in trained(kind=Spread, optimizer="ekfac")[0]["notes"])
+    close(both[1]["spread ekfac"][1], state, 0.0)
+
+
+def test_every_rank_ends_with_the_same_weights_and_statistics(both: list[dict[str, Any]]):
     facts, state = both[0]["normed"]
-    assert any("normalised its own share" in note for note in facts["notes"])
-    assert not any("normalised" in note for note in trained(kind=Normed, optimizer="sgd")[0]["notes"])
     assert both[1]["normed"][0] == facts
-    for name, value in both[1]["normed"][1].items():  # every rank ends with rank 0's statistics
+    for name, value in both[1]["normed"][1].items():
         assert torch.equal(value, state[name]), name
 
 
