@@ -74,12 +74,13 @@ class Reference(click.ParamType):
 
     name = "file.py:name"
 
-    def __init__(self, *named: str) -> None:
+    def __init__(self, *named: str, unoffered: tuple[str, ...] = ()) -> None:
         self.named = named  # words that stand for something built in
+        self.unoffered = unoffered  # others, which are refused later by a better message
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the form; the file is read when it is needed."""
-        if value in self.named:
+        if value in self.named or value in self.unoffered:
             return str(value)
         place, _, name = str(value).rpartition(":")
         if not place or not name.isidentifier():
@@ -161,6 +162,9 @@ CRITERIA = (
     "bn-scale", "c-obd", "c-obs", "fisher", "fpgm", "group-fisher", "kfe", "kfe-product", "kron-obd", "kron-obs",
     "lamp", "lm", "magnitude", "obd", "qm", "random", "reconstruction", "taylor", "taylor-so",
 )  # fmt: skip
+
+# Those that score single weights too.
+WEIGHT_CRITERIA = ("fisher", "lamp", "lm", "magnitude", "obd", "qm", "random", "taylor", "taylor-so")
 
 # What is removed, and how it is chosen.
 selecting = stack(

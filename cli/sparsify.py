@@ -53,16 +53,19 @@ class Penalty(click.ParamType):
 @click.option("--sparsity", type=Share(), required=True, help="Share of the weights that become zero, as 0.9.")
 @click.option(
     "--criterion",
-    type=click.Choice(["magnitude", "lm", "qm", "obd", "random"]),
+    type=options.Reference(*options.WEIGHT_CRITERIA, unoffered=options.CRITERIA),
     default="magnitude",
     show_default=True,
-    help="What a weight is worth: its square, or the change of the loss by a linear (lm) or quadratic (qm) model or by "
-    "Optimal Brain Damage (obd). lm and qm need targets.",
+    metavar="NAME",
+    help=f"How a weight is scored: {', '.join(options.WEIGHT_CRITERIA)}, or file.py:Class of your own with weights(). "
+    "magnitude is the plain square, without the scale of the batch norm behind the weight that prune puts in; lamp is "
+    "its share of the squares of its layer that are not smaller. lm and qm need targets; taylor and taylor-so look at "
+    "one example at a time, which takes long.",
 )
 @click.option(
     "--rounds",
     type=options.COUNT,
-    help="How often weights are scored anew on what is left. [default: 14; 1 for magnitude and random]",
+    help="How often weights are scored anew on what is left. [default: 14; 1 for lamp, magnitude and random]",
 )
 @click.option(
     "--schedule",

@@ -210,6 +210,7 @@ class SparseRounds:
         )
         changes = self.criterion.changes(context) if isinstance(self.criterion, LossModel) else None
         found = self.criterion.weights(context) if changes is None else changes
+        told = found if changes is None and self.criterion.predicts else changes
         scores: dict[str, Tensor] = {}
         for name in self.masks:
             value = self.program.tensor(name).detach()
@@ -226,7 +227,7 @@ class SparseRounds:
                 )
             scores[name] = score + 0.5 * self.certificate.penalty * value.double().square()
         self.certificate.data |= context.facts
-        return scores, changes
+        return scores, told
 
     def _mean_loss(self) -> float | None:
         """Return the mean loss on the examples that are scored with, or None where they have no targets."""

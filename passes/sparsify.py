@@ -34,7 +34,7 @@ from kfe_fx.training.metrics import resolve_metric
 from kfe_fx.training.prune_data import PruneData, arrange
 
 ROUNDS = 14  # of criteria that look at the network anew each round
-CONSTANT = ("magnitude", "random")  # criteria whose scores of what is left do not move: one round says it all
+CONSTANT = ("lamp", "magnitude", "random")  # criteria whose ranks of what is left do not move: one round says it all
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def sparsify(
         program_or_module: a Program, or an nn.Module with ``example_inputs``.
         example_inputs: as for ``kfe_fx.capture``.
         sparsity: s, above 0 and below 1: ``round(s * n)`` of the n ranked weights are zero at the end.
-        criterion: "magnitude" (theta^2), "lm", "qm", "obd" (see ``kfe_fx.criteria.loss_models``), "random", or a
-            Criterion with ``weights``.
+        criterion: "magnitude" (theta^2, without the scale of the batch norm that ``prune`` puts in), "lamp", "fisher",
+            "taylor", "taylor-so", "lm", "qm", "obd", "random", "file.py:Class" or a Criterion with ``weights``.
         data: examples, ``(inputs, targets)`` or any data set; with targets and a loss the network is fine-tuned.
             Without data the calibration sample of the program file scores.
         loss: None (cross-entropy for integer targets, mean square for floats), "file.py:function" or a function.
         val: examples to report on; without them a seeded part of ``data`` is held out.
         evaluate: a metric, "file.py:function" or a function (module, loader) -> float.
-        rounds: how often the weights are scored anew; by default 14, and 1 for "magnitude" and "random".
+        rounds: how often the weights are scored anew; by default 14, and 1 for "lamp", "magnitude", "random".
         schedule: "exponential" or "equal", see ``kfe_fx.passes.masks.sparsities``.
         penalty: lambda, which keeps a step of a loss model where it holds; a large one ranks by magnitude.
         epochs: of the fine-tuning, 0 for none.
@@ -188,21 +188,21 @@ def _resolve(criterion: Any) -> Criterion:
         UsageError: it does not, or there is none.
     """
     chosen = resolve(criterion)
-    if not _scores_weights(chosen):
-        known = ", ".join(name for name in names() if _scores_weights(resolve(name)))
+    if not chosen.scores_weights():
+        known = ", ".join(names(weights=True))
         raise UsageError(
             f"the criterion {chosen.name!r} scores units, not single weights; choose {known}, or prune units with it"
         )
     return chosen
 
 
-def _scores_weights(criterion: Criterion) -> bool:
-    return type(criterion).weights is not Criterion.weights
-
-
 def _check_needs(criterion: Criterion, data: PruneData) -> None:
     examples = data.calibration
-    there = {"data": examples is not None, "targets": examples is not None and examples.targets is not None}
+    there = {
+        "data": examples is not None,
+        "targets": examples is not None and examples.targets is not None,
+        "curvature": examples is not None,  # it is measured on them
+    }
     for need in sorted(criterion.needs):
         if not there.get(need, False):
             raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")

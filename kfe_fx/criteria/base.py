@@ -155,7 +155,13 @@ class Criterion(ABC):
         Raises:
             UsageError: the criterion means nothing for single weights.
         """
-        raise UsageError(f"the criterion {self.name!r} scores units only, not single weights; choose another")
+        known = ", ".join(names(weights=True))
+        raise UsageError(f"the criterion {self.name!r} scores units, not single weights; choose {known}")
+
+    @classmethod
+    def scores_weights(cls) -> bool:
+        """Say whether it has ``weights``."""
+        return cls.weights is not Criterion.weights
 
 
 C = TypeVar("C", bound=Criterion)
@@ -175,9 +181,9 @@ def register(criterion: type[C]) -> type[C]:
     return criterion
 
 
-def names() -> tuple[str, ...]:
-    """List the names of the criteria."""
-    return tuple(sorted(_REGISTRY))
+def names(*, weights: bool = False) -> tuple[str, ...]:
+    """List the names of the criteria, or of those that score single weights too."""
+    return tuple(sorted(name for name, made in _REGISTRY.items() if not weights or made().scores_weights()))
 
 
 def resolve(spec: str | Criterion | type[Criterion]) -> Criterion:

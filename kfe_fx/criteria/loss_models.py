@@ -5,6 +5,7 @@ Laurent, C. Ballas, George, N. Ballas, Vincent, "Revisiting Loss Modelling for U
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -71,8 +72,7 @@ class LossModel(Criterion):
             BadData: there are targets but no loss, or derivatives that are not finite.
         """
         weights = {name: weight.detach().double() for name, weight in context.weights().items()}
-        context.facts["inputs"] = "drawn" if context.batches is None else "data"
-        data = _examples(context)
+        data = examples_of(context)
         gradients = mean_gradients(context.program, data, context.loss, list(weights)) if self.first else {}
         curvatures = mean_curvatures(context, data, list(weights)) if self.second else {}
         changes = {}
@@ -119,6 +119,8 @@ class SecondOrderTaylor(Criterion):
 
     Molchanov et al. 2019, section 3.1, with the generalised Gauss-Newton matrix for the Hessian. What it promises of
     the mean loss is mean_n (-g[n, u] + 1/2 h[n, u]), as ``qm``.
+
+    Single weights are scored by mean_n |-g[n, k] theta_k + 1/2 h[n, k] theta_k^2|.
     """
 
     name: ClassVar[str] = "taylor-so"
@@ -136,6 +138,15 @@ class SecondOrderTaylor(Criterion):
         context.changes = (signed / max(count, 1)).numpy()
         return (total / max(count, 1)).numpy()
 
+    def weights(self, context: ScoreContext) -> dict[str, Tensor]:
+        """Return the mean over examples per entry of each weight, float64; one example at a time, so it takes long."""
+        weights = {name: weight.detach().double() for name, weight in context.weights().items()}
+        return mean_over_examples(
+            context,
+            lambda name, first, second: (0.5 * second * weights[name].square() - first * weights[name]).abs(),
+            second=True,
+        )
+
 
 def _gates(context: ScoreContext) -> Any:
     return gate_curvatures(
@@ -143,8 +154,9 @@ def _gates(context: ScoreContext) -> Any:
     )
 
 
-def _examples(context: ScoreContext) -> Batches:
-    """Return the examples of a context, or drawn inputs without targets."""
+def examples_of(context: ScoreContext) -> Batches:
+    """Return the examples of a context, or drawn inputs without targets; ``facts`` says which."""
+    context.facts["inputs"] = "drawn" if context.batches is None else "data"
     if context.batches is not None:
         return context.batches
     program = context.program
@@ -187,15 +199,19 @@ def mean_gradients(program: Program, batches: Batches, loss: Loss | None, names:
     return _means(sums, count)
 
 
-def mean_curvatures(context: ScoreContext, batches: Batches, names: list[str]) -> dict[str, Tensor]:
+def mean_curvatures(
+    context: ScoreContext, batches: Batches, names: list[str], source: str = "auto"
+) -> dict[str, Tensor]:
     """Return the diagonal ``H_kk = 1/N sum_n (J_n^T H_out,n J_n)_kk`` of the generalised Gauss-Newton matrix.
 
-    The statistics "diagonal" of ``kfe_fx.curvature.fit`` with the source "auto": exact up to 20 outputs.
+    The statistics "diagonal" of ``kfe_fx.curvature.fit`` with the source "auto": exact up to 20 outputs. The sources
+    "empirical" and "sampled" give the mean of the squared gradients, ``1/N sum_n g_nk^2``, by one label per example.
 
     Args:
         context: the network, the loss and the seed; ``facts`` gets "curvature" and "curvature_by_autograd".
         batches: examples, without targets too.
         names: of parameters.
+        source: "auto", "empirical" (the labels of the data) or "sampled" (of the network).
 
     Returns:
         float64 tensors of the parameters' shapes.
@@ -204,7 +220,10 @@ def mean_curvatures(context: ScoreContext, batches: Batches, names: list[str]) -
         BadData: no examples, or a derivative is not finite.
     """
     program, facts = context.program, context.facts
-    store = fit(program, batches, context.loss, statistics="diagonal", batch_size=batches.batch_size, seed=context.seed)
+    store = fit(
+        program, batches, context.loss, statistics="diagonal", source=source, batch_size=batches.batch_size,
+        seed=context.seed,
+    )  # fmt: skip
     known = {name: weight for name, weight in context.weights().items() if name in names}
     ones = {name: torch.ones_like(value) for name, value in program.module().named_parameters()}
     if store.facts["nonfinite"]:
@@ -218,12 +237,12 @@ def mean_curvatures(context: ScoreContext, batches: Batches, names: list[str]) -
     curvatures = {name: found[name].double() for name in known if name in found}
     reasons = {item.parameter: item.reason for item in operator.missing if item.parameter in known}
     if reasons:
-        curvatures |= _by_autograd(context, batches, list(reasons))
+        curvatures |= _by_autograd(context, batches, list(reasons), source)
         facts["curvature_by_autograd"] = reasons
     return curvatures
 
 
-def _by_autograd(context: ScoreContext, batches: Batches, names: list[str]) -> dict[str, Tensor]:
+def _by_autograd(context: ScoreContext, batches: Batches, names: list[str], source: str) -> dict[str, Tensor]:
     """Return the same diagonal by a loop over examples, for parameters without statistics."""
     view, leaves = _with_leaves(context.program, names)
     likelihood, loss = Likelihood(context.loss, context.seed), context.loss
@@ -234,11 +253,60 @@ def _by_autograd(context: ScoreContext, batches: Batches, names: list[str]) -> d
             for outputs, one in _singly(view, batch):
                 if loss is not None and one.targets is not None:
                     loss = settle(loss, outputs, one.targets, 1)
-                kind = curvature_kind(outputs, one, likelihood)
+                kind = curvature_kind(outputs, one, likelihood) if source == "auto" else source
                 for values, column in curvature_columns(kind, outputs, one, loss, likelihood):
                     _add(sums, leaves, values, column, square=True)
         count += batch.count
     return _means(sums, count)
+
+
+def mean_over_examples(
+    context: ScoreContext, term: Callable[[str, Tensor, Tensor], Tensor], *, second: bool = False
+) -> dict[str, Tensor]:
+    """Return ``1/N sum_n term(name, g_n, h_n)`` of every weight, for terms that are no sums: one example at a time.
+
+    Args:
+        context: the network and the examples, or nothing to draw inputs. With targets g_n is the gradient of each
+            example's loss on them, without of that on a label drawn from the network; ``facts`` says which.
+        term: of the name of a weight, its gradient and the diagonal of its generalised Gauss-Newton matrix.
+        second: whether h_n is measured; it is zero otherwise.
+
+    Returns:
+        float64 tensors of the weights' shapes.
+
+    Raises:
+        BadData: no examples, targets without a loss, or a derivative is not finite.
+    """
+    batches, loss, likelihood = examples_of(context), context.loss, Likelihood(context.loss, context.seed)
+    view, leaves = _with_leaves(context.program, list(context.weights()))
+    zeros = lambda: {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}  # noqa: E731
+    sums, count = zeros(), 0
+    for batch in batches:
+        with torch.enable_grad():
+            for outputs, one in _singly(view, batch):
+                first, squares = zeros(), zeros()
+                if one.targets is None:
+                    total = likelihood.total(outputs, one)
+                else:
+                    loss = settle(_required(loss), outputs, one.targets, 1)
+                    total = loss.total(outputs, one.targets, 1)
+                _add(first, leaves, total, None, keep=True)
+                if second:
+                    kind = curvature_kind(outputs, one, likelihood)
+                    for values, column in curvature_columns(kind, outputs, one, loss, likelihood):
+                        _add(squares, leaves, values, column, square=True)
+                for name in sums:
+                    sums[name] += term(name, first[name], squares[name]).detach()
+                context.facts["labels"] = "data" if one.targets is not None else f"sampled ({likelihood.family})"
+        count += batch.count
+    context.facts["examples"] = count
+    return _means(sums, count)
+
+
+def _required(loss: Loss | None) -> Loss:
+    if loss is None:
+        raise BadData("there are targets but no loss to take on them; name a --loss")
+    return loss
 
 
 def _singly(view: Program, batch: Batch) -> Any:
@@ -270,11 +338,18 @@ def _run(view: Program, batch: Batch) -> Any:
 
 
 def _add(
-    sums: dict[str, Tensor], leaves: dict[str, Tensor], values: Tensor, column: Tensor | None, *, square: bool = False
+    sums: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    values: Tensor,
+    column: Tensor | None,
+    *,
+    square: bool = False,
+    keep: bool = False,
 ) -> None:
     if not values.requires_grad:
         return
-    found = torch.autograd.grad([values], list(leaves.values()), [column], retain_graph=square, allow_unused=True)
+    keep = keep or square
+    found = torch.autograd.grad([values], list(leaves.values()), [column], retain_graph=keep, allow_unused=True)
     for name, grad in zip(leaves, found, strict=True):
         if grad is not None:
             sums[name] += grad.double().square() if square else grad.double()

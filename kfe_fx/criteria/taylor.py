@@ -1,4 +1,4 @@
-"""Criteria ``taylor`` and ``fisher``: first-order loss change and Fisher information by each unit's gate."""
+"""Criteria ``taylor`` and ``fisher``: first-order loss change and Fisher information, by gates or by single weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kfe_fx.criteria.base import Criterion, ScoreContext, register
+from kfe_fx.criteria.loss_models import examples_of, mean_curvatures, mean_over_examples
 
 
 @register
@@ -25,6 +26,14 @@ class Taylor(Criterion):
         """Return mean_n |g[n, u]|, [units]."""
         return _mean(context, torch.abs)
 
+    def weights(self, context: ScoreContext) -> dict[str, torch.Tensor]:
+        """Return mean_n |g[n, k] theta_k| per entry of each weight, float64; one example at a time.
+
+        A weight enters the loss as its gate does, so that theta_k dl_n/dtheta_k is the gradient by a gate on it alone.
+        """
+        weights = {name: weight.detach().double() for name, weight in context.weights().items()}
+        return mean_over_examples(context, lambda name, first, _: (first * weights[name]).abs())
+
 
 @register
 class Fisher(Criterion):
@@ -40,6 +49,19 @@ class Fisher(Criterion):
     def score(self, context: ScoreContext) -> np.ndarray:
         """Return half the mean of g[n, u]^2, [units]."""
         return 0.5 * _mean(context, torch.square)
+
+    def weights(self, context: ScoreContext) -> dict[str, torch.Tensor]:
+        """Return theta_k^2 / (2N) sum_n g[n, k]^2 per entry of each weight, float64 (Theis et al. 2018, equation 4).
+
+        With the labels of the data, or with drawn ones where there are none, as for units.
+        """
+        examples = examples_of(context)
+        source = "sampled" if examples.targets() is None else "empirical"
+        weights = {name: weight.detach().double() for name, weight in context.weights().items()}
+        squares = mean_curvatures(context, examples, list(weights), source)
+        told = context.facts.pop("curvature")
+        context.facts["labels"] = "data" if source == "empirical" else told
+        return {name: 0.5 * squares[name] * weight.square() for name, weight in weights.items()}
 
 
 def _mean(context: ScoreContext, function: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:

@@ -85,11 +85,33 @@ class LAMP(Criterion):
         scores = np.zeros(len(energy))
         for group in context.analysis.groups:
             units = np.array(group.units)
-            ascending = np.sort(energy[units])
-            above = np.cumsum(ascending[::-1])[::-1]  # sum of what is not smaller, ties included
-            total = above[np.searchsorted(ascending, energy[units])]
-            scores[units] = np.divide(energy[units], total, out=np.zeros(len(units)), where=total > 0)
+            scores[units] = _shares(energy[units])
         return scores
+
+    def weights(self, context: ScoreContext) -> dict[str, Tensor]:
+        """Return theta_k^2 / sum of theta_v^2 over the v of the same weight that are not smaller, float64.
+
+        This is the criterion as it was published: equal entries come one after another, so that the last of the largest
+        has the score 1 and no layer is emptied before the others. The scale of a batch norm does not enter.
+        """
+        return {name: _ordered_shares(weight.detach().double().square()) for name, weight in context.weights().items()}
+
+
+def _shares(energy: np.ndarray) -> np.ndarray:
+    """Return the share of each entry in the sum of those that are not smaller, ties included; 0 where all are 0."""
+    ascending = np.sort(energy)
+    above = np.cumsum(ascending[::-1])[::-1]
+    total = above[np.searchsorted(ascending, energy)]
+    return np.divide(energy, total, out=np.zeros(len(energy)), where=total > 0)
+
+
+def _ordered_shares(energy: Tensor) -> Tensor:
+    """Return the share of each entry in the sum of itself and those behind it in ascending order; 0 where all are 0."""
+    ascending, order = energy.flatten().sort(stable=True)
+    total = ascending.flip(0).cumsum(0).flip(0)
+    found = torch.empty_like(ascending)
+    found[order] = torch.where(total > 0, ascending / total, 0.0)
+    return found.view_as(energy)
 
 
 def _energies(context: ScoreContext) -> np.ndarray:

@@ -15,6 +15,8 @@ from torch import nn
 import kfe_fx
 from kfe_fx.cli import sparsify as cli_sparsify
 from kfe_fx.cli.main import run
+from kfe_fx.cli.options import CRITERIA, WEIGHT_CRITERIA
+from kfe_fx.criteria import names
 from kfe_fx.passes.sparse_rounds import NO_TIME
 
 TOTAL = 72 + 288 + 24
@@ -97,11 +99,50 @@ def test_many_rounds_are_thinned_out_to_the_last(made: Path, capsys: pytest.Capt
     assert len(certificate["rounds"]) == 40
 
 
+OWN = """
+import torch
+from kfe_fx.criteria import Criterion
+
+
+class Last(Criterion):
+    name = "last"
+
+    def score(self, context):
+        raise NotImplementedError
+
+    def weights(self, context):
+        return {name: torch.arange(value.numel()).view_as(value) for name, value in context.weights().items()}
+
+
+class Units(Criterion):
+    name = "units"
+
+    def score(self, context):
+        raise NotImplementedError
+"""
+
+
+def test_criteria_are_those_of_python(made: Path, capsys: pytest.CaptureFixture[str]):
+    assert names(weights=True) == WEIGHT_CRITERIA
+    assert set(WEIGHT_CRITERIA) < set(CRITERIA) == set(names())
+    Path("own.py").write_text(OWN)
+    settings = ("sparsify", made / "model.pt", "--sparsity", "0.5", "--rounds", "1")
+    assert run([*map(str, settings), "--criterion", "own.py:Last", "-q"]) == 0
+    assert bool((kfe_fx.load("model.sparse.pruned.pt").tensor("0.weight").flatten()[:70] == 0).all())
+    told = refused(capsys, *settings, "-f", "--criterion", "own.py:Units")
+    assert f"'units' scores units, not single weights; choose {', '.join(WEIGHT_CRITERIA)}, or" in told
+    assert "'kfe' scores units, not single" in refused(capsys, *settings, "-f", "--criterion", "kfe")
+    assert run(["sparsify", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in ("fisher, lamp, lm", "or file.py:Class"))
+    assert "without the scale of the batch norm" in shown
+
+
 @pytest.mark.parametrize(
     "option",
     [
         *(("--sparsity", value) for value in ("0", "1", "-0.5", "1.5", "nan", "most", "90")),
-        ("--criterion", "fisher"),
+        ("--criterion", "luck"),
         ("--rounds", "0"),
         ("--schedule", "cosine"),
         *(("--penalty", value) for value in ("-1", "nan", "inf", "much")),

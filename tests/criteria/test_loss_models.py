@@ -461,6 +461,6 @@ def test_numbers_that_are_not_finite_are_refused(name: str):
 
 def test_criteria_of_units_alone_say_so():
     program, x = program_of("outer")
-    criterion: Criterion = resolve("taylor-so")
-    with pytest.raises(UsageError, match="'taylor-so' scores units only"):
+    criterion: Criterion = resolve("group-fisher")
+    with pytest.raises(UsageError, match="'group-fisher' scores units, not single weights; choose fisher, lamp, lm"):
         criterion.weights(context_of(program, x))

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfe_fx
-from kfe_fx.criteria import Criterion, ScoreContext
+from kfe_fx.cli.options import WEIGHT_CRITERIA
+from kfe_fx.criteria import Criterion, ScoreContext, resolve
 from kfe_fx.errors import BadData, BadFile, UnsupportedModel, UsageError
+from kfe_fx.labels.analysis import analyze
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
 from kfe_fx.passes.sparse_rounds import NO_TIME, mean_loss
 from kfe_fx.passes.sparsify import SparsifyResult, sparsify
@@ -76,7 +78,7 @@ def zeros(result: SparsifyResult) -> int:
 
 
 @pytest.mark.parametrize("sparsity", [0.004, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("criterion", ["magnitude", "lm", "qm", "obd", "random"])
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_the_count_is_exact_and_what_is_given_stays(criterion: str, sparsity: float):
     given = program()
     before = copy.deepcopy(given.state_dict())
@@ -106,7 +108,7 @@ def test_magnitude_is_one_global_ranking():
     assert float(sizes[~kept].max()) < float(sizes[kept].min())
 
 
-@pytest.mark.parametrize("criterion", ["lm", "qm", "obd", "random"])
+@pytest.mark.parametrize("criterion", sorted({*WEIGHT_CRITERIA} - {"magnitude"}))
 def test_a_huge_penalty_ranks_by_magnitude(criterion: str):
     """T6.6."""
     expected = sparsify(program(), sparsity=0.7, data=(X, Y), epochs=0).masks
@@ -114,6 +116,41 @@ def test_a_huge_penalty_ranks_by_magnitude(criterion: str):
     held = sparsify(program(), sparsity=0.7, criterion=criterion, data=(X, Y), epochs=0, rounds=2, penalty=1e9).masks
     assert all(torch.equal(held[name], expected[name]) for name in expected)
     assert not all(torch.equal(free[name], expected[name]) for name in expected)
+
+
+def test_lamp_is_one_round_that_says_it_all():
+    """What is left keeps its scores when the smaller ones of its layer go, so that more rounds change nothing."""
+    one, many = (sparsify(program(), sparsity=0.7, criterion="lamp", rounds=rounds) for rounds in (None, 7))
+    assert len(one.certificate.rounds) == 1
+    assert all(torch.equal(one.masks[name], many.masks[name]) for name in WEIGHTS)
+    assert all(bool(mask.any()) for mask in one.masks.values())
+
+
+def test_fisher_predicts_what_it_scores():
+    (entry,) = sparsify(
+        program(), sparsity=0.5, criterion="fisher", data=(X, Y), val=(X, Y), rounds=1, epochs=0
+    ).certificate.rounds
+    given = program()
+    scores = resolve("fisher").weights(ScoreContext.of(given, analyze(given), (X, Y)))
+    lowest = torch.cat([value.flatten() for value in scores.values()]).sort().values[: round(0.5 * TOTAL)]
+    assert entry["predicted"] == pytest.approx(float(lowest.sum()), rel=1e-12)
+
+
+def test_a_criterion_of_ones_own_may_need_curvature():
+    class Curved(Watching):
+        name: ClassVar[str] = "curved"
+        needs = frozenset({"curvature"})
+
+        def weights(self, context: ScoreContext) -> dict[str, Tensor]:
+            operator = context.curvature("diagonal").operator(context.program, "diagonal")
+            return operator.matvec(
+                {name: value.detach() for name, value in context.program.module().named_parameters()}
+            )
+
+    settings: dict[str, Any] = {"sparsity": 0.5, "criterion": Curved, "rounds": 1, "epochs": 0}
+    assert zeros(sparsify(program(), data=(X, Y), **settings)) == round(0.5 * TOTAL)
+    with pytest.raises(UsageError, match="'curved' needs curvature, which is not there; give --data"):
+        sparsify(program(), **settings)
 
 
 class Watching(Criterion):
@@ -295,7 +332,7 @@ def test_the_calibration_sample_of_a_program_file_scores(tmp_path: Path):
         ({"schedule": "linear"}, "schedule is exponential or equal"),
         ({"optimizer": "ekfac"}, "optimizer is adamw or sgd"),
         ({"criterion": "luck"}, "no criterion 'luck'"),
-        ({"criterion": "fisher"}, "scores units, not single weights; choose lm, magnitude, obd, qm, random"),
+        ({"criterion": "group-fisher"}, f"scores units, not single weights; choose {', '.join(WEIGHT_CRITERIA)}, or "),
         ({"keep": ("tail",)}, "--keep 'tail' matches no parameter"),
     ],
 )
