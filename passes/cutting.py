@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from kfe_fx.curvature.blocks import find_blocks
 from kfe_fx.curvature.store import Store
 from kfe_fx.embedding import embed, relative
 from kfe_fx.errors import PlanError, UsageError
@@ -25,11 +27,13 @@ from kfe_fx.passes.shallow import Shallow
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
-from kfe_fx.repair.obs import obs_weights
+from kfe_fx.repair.fit import GAIN
+from kfe_fx.repair.obs import INPUTS, OUTPUTS, obs_weights
 from kfe_fx.training.prune_data import PruneData
 
 STATISTICS_EXAMPLES = 2048
 RECONSTRUCTION, QUICK = 1024, 256  # examples that layers are fitted to, for good and in a trial
+SHARES = (1.0, 0.25)  # of the motion of rows by Kron-OBS that are tried
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ class Cutter:
         ):  # nothing went: nothing is to be repaired
             return Cut(state, step, error, {})
         known = {"unrepaired": self._loss(small)} if prove and self._data.calibration is not None else {}
-        obs = {} if store is None or before not in (None, state.small) else _compensated(state.small, store, step)
+        obs = Compensation()
+        if store is not None and before in (None, state.small):
+            obs = _compensated(state.small, small, store, step)
         small, facts = self._repair(state.small, small, step, before or state.small, obs, quick=not prove)
         return Cut(State(small, state.shallow, removed, plan), step, error, facts | known)
 
     def _repair(
-        self, present: Program, small: Program, step: Plan, before: Program, obs: dict[str, Tensor], *, quick: bool
+        self, present: Program, small: Program, step: Plan, before: Program, obs: Compensation, *, quick: bool
     ) -> tuple[Program, dict[str, Any]]:
         """Fold means, fit every layer to what ``before`` computed there, and re-estimate statistics if that helps."""
         sample, size, how = self._data.calibration, self._settings.batch_size, self._settings.repair
@@ -147,7 +153,7 @@ class Cutter:
             facts = {"folded": 0, "not_folded": ["this round"]}
         fitted = small
         if fits:
-            others = {"obs": obs} if obs else {}
+            others = {"obs": obs.inputs} if obs.inputs else {}
             fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=self._settings.seed)
             found = fit.run(small)
             fitted, layers = found.program, found.facts["layers"]
@@ -156,13 +162,47 @@ class Cutter:
                 return fitted, facts
         source = self._data.training if self._data.training is not None else sample
         fresh = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(fitted).program
-        if fitted is small or fresh is fitted:
-            return fresh, facts
-        return min((fitted, fresh), key=self._loss), facts
+        best = fresh if fitted is small or fresh is fitted else min((fitted, fresh), key=self._loss)
+        return self._rows_moved(best, obs.rows, facts) if fits else best, facts
+
+    def _rows_moved(self, best: Program, rows: dict[str, Tensor], facts: dict[str, Any]) -> Program:
+        """Let the rows that stay make good those beside them that went, where the loss says that this helps.
+
+        A layer's own outputs move with it, so that only the loss of the whole network can judge. Blocks know nothing
+        of each other nor of what was fitted behind them, so that a whole step mostly goes too far.
+        """
+        if not rows:
+            return best
+        least, found = self._loss(best), best
+        for share in SHARES:
+            moved = best.copy()
+            with torch.no_grad():
+                for name, motion in rows.items():
+                    moved.tensor(name).add_(share * motion)
+            loss = self._loss(moved)
+            if loss < least - (1 - GAIN) * abs(least):
+                least, found, facts["rows_moved"] = loss, moved, share
+        return found
 
 
-def _compensated(present: Program, store: Store, step: Plan) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Compensation:
+    """What captured curvature proposes (``obs_weights``): weights of layers that lost inputs, and motions of rows.
+
+    ``rows`` are by parameter, each under one name, what the rows that stay take over from those of their own layer that
+    went: to be added to any weights of the small network.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _compensated(present: Program, small: Program, store: Store, step: Plan) -> Compensation:
+    """Propose what makes good the step from ``present`` to ``small``."""
+    blocks = find_blocks(present)
     try:
-        return obs_weights(present, store, step)
+        inputs, outputs = (obs_weights(present, store, step, sides=side, blocks=blocks) for side in (INPUTS, OUTPUTS))
     except UsageError:  # trained since it was scored, or this round cuts across units of the smaller network
-        return {}
+        return Compensation()
+    names = [name for name in outputs if small.names_of(name)[0] == name]
+    return Compensation(inputs, {name: outputs[name] - small.tensor(name).detach() for name in names})

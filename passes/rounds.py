@@ -77,11 +77,12 @@ class Part:
 
 @dataclass
 class Shared:
-    """What several runs on one dense network have in common: its scores, and the sessions that measure it."""
+    """What several runs on one dense network have in common: its scores and factors, and what measures it."""
 
     scores: np.ndarray | None = None
     changes: np.ndarray | None = None
     scoring: dict[str, Any] = field(default_factory=dict)
+    curvature: Any = None  # what the scores are of, which repairs every network that they choose
     stopwatch: Stopwatch | None = None
 
 
@@ -250,6 +251,7 @@ class Rounds:
         shares = first and not settings.decompose  # else they are of one network after the other
         if shares and self.shared.scores is not None:
             self.scoring, self.changes = self.shared.scoring, self.shared.changes
+            self.curvature = self.shared.curvature
             return self.shared.scores
         whole = state.shallow.analysis
         analysis = analyze(state.small, heads=settings.heads) if state.removed else replace(whole, program=state.small)
@@ -271,6 +273,7 @@ class Rounds:
         self.scoring = dict(context.facts)
         if shares:
             self.shared.scores, self.shared.scoring, self.shared.changes = scores, self.scoring, changes
+            self.shared.curvature = self.curvature
         self.changes = changes
         if not state.removed:
             return scores

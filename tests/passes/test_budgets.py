@@ -317,6 +317,17 @@ def test_points_of_one_scoring_and_the_one_that_is_built(tmp_path: Path) -> None
         read_plan(tmp_path / "net.pareto.json", "macs=0.9")
 
 
+def test_every_point_is_repaired_as_a_run_of_its_own() -> None:
+    """The factors that the first point was scored with repair the others too."""
+    data, val = ((torch.randn(64, 3, 12, 12), torch.randint(0, 4, (64,))) for _ in range(2))
+    options = {"criterion": "kron-obs", "data": data, "val": val, "depth": False}
+    front = pareto(made(), X, budgets=("macs=0.8", "macs=0.5", "macs=0.3"), **options)
+    for point in front.points:
+        alone = prune(made(), X, budget=str(point.budget), epochs=0, rounds=1, **options).certificate
+        assert point.certificate.rounds == alone.rounds
+        assert point.certificate.quality == alone.quality
+
+
 def test_pareto_takes_one_metric() -> None:
     for budgets in ((), ("macs=0.5", "2M")):
         with pytest.raises(UsageError, match="pareto"):
