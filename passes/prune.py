@@ -16,6 +16,8 @@ from kfe_fx.cost.bounds import Bounds, read_bound
 from kfe_fx.cost.budget import read_limits
 from kfe_fx.cost.device import Device, read_device
 from kfe_fx.cost.predictors import resolve as resolve_predictor
+from kfe_fx.criteria.base import names, resolve
+from kfe_fx.curvature.store import Store
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
@@ -122,7 +124,10 @@ def prune(
             (parameters), "macs=300M"; a list, or ``{metric: fraction or text}``, for several at once.
         metric: "latency" (measured in ONNX Runtime), "macs", "params", "memory", or "widths" (max(1, ceil(budget·n)) of
             the n independent units of every removable dim stay; no cost model, no multiples).
-        criterion: "fisher", "taylor", "magnitude", "random", or a Criterion.
+        criterion: a name of ``kfe_fx.criteria.names()``: by gates "fisher", "taylor", "taylor-so", "lm", "qm", "obd",
+            "group-fisher"; by curvature "kron-obd", "kron-obs", "c-obd", "c-obs", "kfe", "kfe-product",
+            "reconstruction"; by weights "magnitude", "lamp", "fpgm", "bn-scale", "random". Or "file.py:Class", or a
+            Criterion.
         data: examples, ``(inputs, targets)`` or any data set; with targets and a loss the network is fine-tuned.
             Without data the calibration sample of the program file scores, and without that drawn inputs do.
         loss: None (cross-entropy for integer targets, mean square for floats), "file.py:function" or a function.
@@ -161,8 +166,9 @@ def prune(
         features: globs of modules whose outputs are to stay those of the dense network, on the units that are left.
         ewc: lambda of the elastic penalty that holds the weights of the fine-tuning where repair left them, by the
             curvature of the pruned network.
-        store: curvature statistics of this network and these weights (``kfe_fx.fit``), for the criteria that score by
-            them in the first round; they are measured on ``data`` if not given.
+        store: curvature statistics of this network and these weights (``kfe_fx.curvature.fit``), for the criteria that
+            score by them in the first round, and for its repair by "auto"; where a criterion needs them they are
+            measured on ``data`` if not given.
         stop_at_loss: rounds end, and the last is taken back, when the loss on the held-out examples lies above this.
         stop_at_accuracy: the same when the metric falls below this.
         heads: whether attention loses whole "heads" or "positions" of every head; "auto" takes heads.
@@ -229,7 +235,32 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
     examples = arrange(
         data, val, program.extras.get("calibration"), seed=settings.seed, unlabelled=settings.distil == 1
     )
+    if settings.store is not None:
+        _check_store(program, settings, examples)
     return Job(program, settings, examples)
+
+
+def _check_store(program: Program, settings: Settings, examples: PruneData) -> None:
+    """Refuse curvature statistics that are not of these weights, or that nobody would look at.
+
+    Raises:
+        UsageError: they are none, or of another network, or older than the weights, or not used.
+    """
+    store = settings.store
+    if not isinstance(store, Store):
+        raise UsageError(f"store is a {type(store).__name__}; give a kfe_fx.curvature.Store")
+    store.check(program, weights=True)
+    if settings.plan is not None:
+        raise UsageError("a plan says what goes, and nothing is scored; drop store, or plan")
+    criterion = resolve(settings.criterion)
+    has_factors = any({"A", "G"} <= block.sums.keys() for block in store.blocks.values())
+    repairs = settings.repair == "auto" and examples.calibration is not None and has_factors
+    if "curvature" not in criterion.needs and not repairs:
+        known = ", ".join(name for name in names() if "curvature" in resolve(name).needs)
+        raise UsageError(
+            f"the criterion {criterion.name!r} does not look at curvature, and no repair does; drop store, or "
+            f"choose {known}"
+        )
 
 
 def _fitting(program: Program, data: Any, loss: Any, name: str) -> Any:

@@ -248,6 +248,7 @@ class Rounds:
         """Score the units of the small network and hand the scores to the units of its base."""
         settings, state = self.settings, self.state
         first = not self.certificate.rounds
+        self._tell_store()
         shares = first and not settings.decompose  # else they are of one network after the other
         if shares and self.shared.scores is not None:
             self.scoring, self.changes = self.shared.scoring, self.shared.changes
@@ -263,7 +264,7 @@ class Rounds:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        if first and settings.store is not None:
+        if first and settings.store is not None and not state.plan.decomposed:
             context.store["curvature"] = settings.store
         scores = score(settings.criterion, context)
         self.curvature = context.store.get("curvature")
@@ -280,6 +281,13 @@ class Rounds:
         if changes is not None:
             self.changes = lift_scores(whole, analysis, changes, state.plan.kept)
         return lift_scores(whole, analysis, scores, state.plan.kept)
+
+    def _tell_store(self) -> None:
+        """Note that statistics which were given do not score."""
+        if self.settings.store is not None and "curvature" not in resolve(self.settings.criterion).needs:
+            note = "the curvature statistics given are for the repair alone: the criterion does not look at them"
+            if note not in self.certificate.notes:
+                self.certificate.notes.append(note)
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)

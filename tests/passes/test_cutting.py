@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import kfe_fx
+from kfe_fx.errors import UsageError
 from kfe_fx.passes import cutting
 from kfe_fx.passes.prune import PruneResult, prune
 
@@ -49,6 +51,48 @@ def test_rows_that_stay_say_what_went() -> None:
     assert plain["loss"]["repaired"] > 0.1
     (bare,) = halved("kron-obs", repair="mean").certificate.rounds
     assert "rows_moved" not in plain | bare
+
+
+def test_a_store_is_used_or_refused() -> None:
+    """A store that is given repairs under any criterion, and one that nobody looks at, or a stale one, is refused."""
+    made = net()
+    program = kfe_fx.capture(made, X[:2])
+    data = X, made(X).detach()
+    store = kfe_fx.curvature.fit(program, data, statistics="kfac")
+    assert halved("kron-obs", store=store).certificate.rounds[0]["rows_moved"] == 1.0
+    certificate = halved("fisher", store=store).certificate
+    assert certificate.rounds[0]["rows_moved"] == 1.0
+    assert sum("for the repair alone" in note for note in certificate.notes) == 1
+    assert not [note for note in halved("kron-obs", store=store).certificate.notes if "repair alone" in note]
+    with pytest.raises(UsageError, match="and no repair does; drop store, or choose c-obd, "):
+        halved("fisher", store=store, repair="mean")
+    diagonal = kfe_fx.curvature.fit(program, data, statistics="diagonal")
+    with pytest.raises(UsageError, match="'fisher' does not look at curvature"):
+        halved("fisher", store=diagonal)
+    with pytest.raises(UsageError, match="nothing is scored; drop store, or plan"):
+        halved("fisher", store=store, plan=halved("fisher").plan)
+    with pytest.raises(UsageError, match=r"store is a str; give a kfe_fx\.curvature\.Store"):
+        halved("kron-obs", store="curvature.safetensors")
+    with torch.no_grad():
+        program.tensor("0.bias").add_(1)
+    for criterion in ("fisher", "kron-obs"):
+        stale = kfe_fx.curvature.fit(program, data, statistics="kfac")
+        with pytest.raises(UsageError, match="older than the weights; fit them again"):
+            halved(criterion, store=stale)
+    other = kfe_fx.capture(nn.Linear(4, 2).double(), X[:2])
+    with pytest.raises(UsageError, match="of another network"):
+        halved("fisher", store=kfe_fx.curvature.fit(other, (X, X[:, :2]), statistics="kfac"))
+
+
+def test_a_store_scores_the_network_before_it_is_decomposed() -> None:
+    """Decompositions are tried as networks of their own, which the statistics are not of."""
+    data = X, net()(X).detach()
+    settings: dict[str, Any] = {"budget": 0.6, "metric": "macs", "data": data, "val": data, "epochs": 0, "rounds": 1}
+    wide = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 1)).double()
+    program = kfe_fx.capture(wide, X[:2])
+    store = kfe_fx.curvature.fit(program, data, statistics="kfac")
+    result = prune(program, criterion="kron-obs", store=store, decompose=True, **settings)
+    assert result.certificate.feasible
 
 
 def test_rows_stay_where_the_loss_does_not_fall(monkeypatch: pytest.MonkeyPatch) -> None:
