@@ -51,12 +51,13 @@ class Budget(click.ParamType):
 
 
 class Number(click.ParamType):
-    """A finite number above zero, or zero as well."""
+    """A finite number above zero, or zero as well, or any."""
 
     name = "number"
 
-    def __init__(self, *, zero: bool = False) -> None:
+    def __init__(self, *, zero: bool = False, signed: bool = False) -> None:
         self.zero = zero
+        self.signed = signed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read the number, or say what is wrong with it."""
@@ -64,7 +65,9 @@ class Number(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not (0.0 < number < math.inf or (self.zero and number == 0.0)):
+        if self.signed and not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if not (self.signed or 0.0 < number < math.inf or (self.zero and number == 0.0)):
             self.fail(f"{value!r} is not a number {'of at least' if self.zero else 'above'} zero", param, ctx)
         return number
 
@@ -244,6 +247,34 @@ judging = stack(
     click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Of the fine-tuning."),
 )
 
+PENALTY = click.option(
+    "--penalty",
+    type=Number(zero=True),
+    default=0.0,
+    show_default=True,
+    help="Lambda: half of it times a unit's squared weights is added to its score, which keeps steps small.",
+)
+
+STORE = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Curvature statistics of this model (from kfe-fx curvature) for the criteria that score by them, and for the "
+    "repair. They must be as old as the weights.",
+)
+
+
+def feature(whose: str) -> Callable[[Function], Function]:
+    """Make the option for activations that distillation compares with those of another network."""
+    return click.option(
+        "--feature",
+        "features",
+        multiple=True,
+        metavar="GLOB",
+        help=f"Compare the outputs of these modules with {whose} too. Repeatable.",
+    )
+
+
 # How rounds of removal and training share the work, and what is learned beside the targets.
 training = stack(
     click.option("--epochs", type=click.IntRange(min=0), help="Epochs of fine-tuning in all; 0 for none."),
@@ -262,13 +293,7 @@ training = stack(
         help="How rounds share out the removal: each keeps the same fraction, each removes as much, one round, one "
         "group of layers a round by trial (NetAdapt), or unit by unit in the middle of training (Theis).",
     ),
-    click.option(
-        "--penalty",
-        type=Number(zero=True),
-        default=0.0,
-        show_default=True,
-        help="Lambda: half of it times a unit's squared weights is added to its score, which keeps steps small.",
-    ),
+    PENALTY,
     click.option(
         "--distil",
         type=Number(zero=True),
@@ -276,23 +301,17 @@ training = stack(
         "no targets are needed.",
     ),
     click.option("--temperature", type=Number(), help="Softens the classes that are compared. [default: 1]"),
-    click.option(
-        "--feature",
-        "features",
-        multiple=True,
-        metavar="GLOB",
-        help="Compare the outputs of these modules with the dense network's too. Repeatable.",
-    ),
+    feature("the dense network's"),
     click.option(
         "--ewc",
         type=Number(zero=True),
         help="Lambda of the elastic penalty that holds the fine-tuned weights where the removal left them.",
     ),
     click.option(
-        "--stop-at-loss", type=Number(zero=True), help="End the rounds before the held-out loss lies above this."
+        "--stop-at-loss", type=Number(signed=True), help="End the rounds before the held-out loss lies above this."
     ),
     click.option(
-        "--stop-at-accuracy", type=Number(zero=True), help="End the rounds before the metric falls below this."
+        "--stop-at-accuracy", type=Number(signed=True), help="End the rounds before the metric falls below this."
     ),
 )
 

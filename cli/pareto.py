@@ -28,6 +28,8 @@ def read_budgets(text: str) -> list[str]:
     help="Budgets as for prune, of one metric, with commas between them.",
 )
 @options.selecting
+@options.PENALTY
+@options.STORE
 @options.data
 @options.judging
 @options.measuring
@@ -60,6 +62,7 @@ def command(
     inputs: tuple[str, ...],
     data: str | None,
     val: str | None,
+    store: Path | None,
     **settings: Any,
 ) -> None:
     """Show what a network becomes at several budgets, without training any.
@@ -78,10 +81,12 @@ def command(
     targets.require_free([table, picture], sources=[Path(p) for p in (model, data, val) if p], force=force)
 
     import kfe_fx
+    from kfe_fx.curvature.store import Store
     from kfe_fx.errors import MissingDependency
     from kfe_fx.passes.pareto import pareto
 
     examples, held = load_examples(data), load_examples(val)
+    settings["store"] = None if store is None else Store.load(store)
     program = kfe_fx.load(model, data=examples, arch=arch, trust=trust, inputs=inputs)
     with output.progress(quiet=quiet) as report:
         front = pareto(program, budgets=read_budgets(budgets), data=examples, val=held, progress=report, **settings)

@@ -130,12 +130,7 @@ def show(job: Job, result: Any, paths: Any) -> None:
     metavar="FILE",
     help="Remove what this file says (of prune, or of pareto the point of the budget) instead of selecting.",
 )
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Curvature statistics of this model (from kfe-fx curvature) for the criteria that score by them.",
-)
+@options.STORE
 @options.seed
 @click.option(
     "-o",

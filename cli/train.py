@@ -203,6 +203,7 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     help="The teacher's share of the loss, 0 to 1. [default: 0.9; 1 without targets]",
 )
 @click.option("--temperature", type=options.Number(), help="Softens the classes that the teacher says. [default: 1]")
+@options.feature("the teacher's")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and all sampling.")
 @click.option(
     "-o",

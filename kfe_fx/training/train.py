@@ -14,6 +14,7 @@ from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
 from kfe_fx.training.checkpoint import Identity, cuda_devices, load_checkpoint, restore, save_checkpoint, seed_random
 from kfe_fx.training.distil import Distillation, curvature_source, teach
+from kfe_fx.training.features import Features
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.group_lasso import GroupLasso
 from kfe_fx.training.l0 import L0, Weights, check_strength, ensure_gates, notes_of
@@ -50,6 +51,7 @@ def train(
     teacher: Program | Distillation | None = None,
     distil: float | None = None,
     temperature: float | None = None,
+    features: Features = (),
     checkpoint: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
@@ -93,6 +95,7 @@ def train(
             with labels that are drawn from the network's own distribution.
         distil: the teacher's share of the loss, 0 to 1; by default 0.9, and 1 where the data has no targets.
         temperature: that softens its classes; by default 1.
+        features: activations that are compared with its own too, see ``Distillation.features``.
         checkpoint: a file that is written after every epoch.
         resume: go on from ``checkpoint``; the Program must be as it was when the run began.
         threads: number of threads; by default one or two, whichever is faster, and one for each of several processes.
@@ -123,7 +126,7 @@ def train(
     targets = batches.targets()
     found = resolve_loss(loss, targets)
     gated = bool(l0) and ensure_gates(program, seed)
-    taught = teach(program, batches, targets, found, teacher, distil, temperature)
+    taught = teach(program, batches, targets, found, teacher, distil, temperature, features or None)
     if taught is not None:
         batches, found = taught.batches, found if taught.weight < 1 else taught.loss
     if found is None or (taught is None and targets is None):

@@ -331,3 +331,17 @@ def test_control_flow_that_depends_on_data(made: Path, capsys: pytest.CaptureFix
 def test_nothing_to_remove(capsys: pytest.CaptureFixture[str]):
     kfe_fx.save(torch.nn.Linear(3, 3), torch.randn(2, 3), "flat.pt")
     assert "kfe-fx inspect" in fails(capsys, "prune", "flat.pt", *MACS, code=3)
+
+
+def test_floors_of_rounds_may_be_negative():
+    """The loss of a density can be, and so can a metric that is an error with its sign turned."""
+    found = cli.get_command(click.Context(cli), "prune")
+    assert found is not None
+    for option in ("--stop-at-loss", "--stop-at-accuracy"):
+        for value in ("-1.5", "0", "2"):
+            args = ["model.pt", "--budget", "0.5", option, value]
+            with found.make_context("prune", args) as context:
+                assert context.params[option.removeprefix("--").replace("-", "_")] == float(value)
+        for value in ("nan", "-inf", "low"):
+            with pytest.raises(click.BadParameter, match="is not a finite number"):
+                found.make_context("prune", ["model.pt", "--budget", "0.5", option, value])

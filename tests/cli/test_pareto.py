@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import kfe_fx
-from kfe_fx.cli.main import run
+from kfe_fx.cli.main import cli, run
 from kfe_fx.cost.device import this_device, write_device
 from kfe_fx.cost.probes import fingerprint
+from kfe_fx.passes.pareto import pareto
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,37 @@ def test_points_then_the_one_that_is_picked(made: Path, capsys: pytest.CaptureFi
         capsys, "prune", made / "model.pt", *plan, "--budget", "macs=0.5", "--force"
     )
     assert "--force" in refused(capsys, "pareto", made / "model.pt", "--metric", "macs")
+
+
+def test_penalty_and_store_are_those_of_python(made: Path, capsys: pytest.CaptureFixture[str]):
+    model, data = made / "model.pt", ("--data", made / "data.npz")
+    assert run(["curvature", str(model), *map(str, data), "-o", "model.curvature.safetensors", "-q"]) == 0
+    store = ("--store", "model.curvature.safetensors")
+    asked = ("pareto", model, "--budgets", "0.6", "--metric", "macs", *data, "-f")
+    answer(capsys, *asked, "--criterion", "kron-obd", "--penalty", "100", *store)
+    (point,) = json.loads(Path("model.pareto.json").read_text())["points"]
+    x, y = (torch.from_numpy(array) for array in np.load(made / "data.npz").values())
+    found = kfe_fx.curvature.Store.load("model.curvature.safetensors")
+    settings: dict[str, Any] = {"metric": "macs", "criterion": "kron-obd", "data": (x, y), "store": found}
+    front = pareto(kfe_fx.load(model), budgets=(0.6,), penalty=100.0, **settings)
+    plain = pareto(kfe_fx.load(model), budgets=(0.6,), **settings)
+    assert point["plan"] == front.points[0].plan.to_json() != plain.points[0].plan.to_json()
+    random = ("--criterion", "random", "--repair", "none")
+    assert "does not look at curvature" in refused(capsys, *asked, *random, *store)
+    assert "of another network" in refused(capsys, asked[0], made / "wide.pt", *asked[2:6], *store, "-f")
+    for wrong in (("--penalty", "-1"), ("--store", "gone.safetensors")):
+        assert wrong[1] in refused(capsys, *asked, *wrong)
+
+
+def test_all_options_of_prune_but_those_of_training_are_here():
+    found = cli.get_command(click.Context(cli), "pareto")
+    assert found is not None
+    given = found.make_context("pareto", ["model.pt"]).params
+    known = inspect.signature(kfe_fx.prune).parameters
+    training = {"epochs", "lr", "optimizer", "rounds", "schedule", "distil", "temperature", "features", "ewc", "plan"}
+    elsewhere = {"program_or_module", "example_inputs", "progress", "budget", "stop_at_loss", "stop_at_accuracy"}
+    for name in known.keys() - training - elsewhere:
+        assert given[name] == known[name].default, name
 
 
 def test_the_table_of_points(made: Path, capsys: pytest.CaptureFixture[str]):

@@ -85,11 +85,27 @@ def test_what_is_shown(made: Path, capsys: pytest.CaptureFixture[str]):
     assert "teacher: 0.25 of the loss, compared by cross-entropy, temperature 1\n" in out
 
 
+def test_features_are_compared_too(made: Path, capsys: pytest.CaptureFixture[str]):
+    args = ["train", made / "small.pt", "--data", made / "data.npz", "--teacher", made / "teacher.pt", "--steps", "5"]
+    told = []
+    for features in ([], ["--feature", "1"], ["--feature", "0", "--feature", "[01]"]):
+        assert run([*map(str, args), *features, "--json", "-f"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert [len(one["distillation"]["features"]) for one in told] == [0, 1, 2]
+    assert len({one["last_loss"] for one in told}) == 3
+    program, teacher = kfe_fx.load(made / "small.pt"), kfe_fx.load(made / "teacher.pt")
+    x, y = (torch.from_numpy(array) for array in np.load(made / "data.npz").values())
+    facts = kfe_fx.train(program, (x, y), teacher=teacher, features=["1"], steps=5)
+    assert facts["last_loss"] == told[1]["last_loss"]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "told"),
     [
         (["--data", "data.npz", "--distil", "0.5"], 2, "distil goes with a teacher"),
         (["--data", "data.npz", "--temperature", "2"], 2, "temperature goes with a teacher"),
+        (["--data", "data.npz", "--feature", "1"], 2, "features goes with a teacher"),
+        (["--data", "data.npz", "--teacher", "teacher.pt", "--feature", "9"], 2, "no activation is called '9'"),
         (["--data", "data.npz", "--teacher", "teacher.pt", "--distil", "1.5"], 2, "1.5 is not in the range"),
         (["--data", "data.npz", "--teacher", "teacher.pt", "--temperature", "0"], 2, "not a number above zero"),
         (["--data", "data.npz", "--teacher", "gone.pt"], 2, "gone.pt: no such file"),
