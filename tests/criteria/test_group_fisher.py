@@ -10,7 +10,7 @@ import kfe_fx
 from kfe_fx.criteria import ScoreContext, score
 from kfe_fx.criteria.group_fisher import activation_memory
 from kfe_fx.labels.analysis import analyze
-from tests.criteria.conformance import CriterionConformance
+from kfe_fx.testing import CriterionConformance
 from tests.criteria.nets import program_of
 from tests.criteria.test_kronecker import Recurrent
 

@@ -18,7 +18,7 @@ from kfe_fx.curvature import Store, fit
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.program import Program
-from tests.criteria.conformance import CriterionConformance
+from kfe_fx.testing import CriterionConformance
 from tests.criteria.dense import block_form, constrained_minimum
 from tests.criteria.nets import program_of
 

@@ -18,7 +18,7 @@ from kfe_fx.gates import gated
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.passes.prune import prune
 from kfe_fx.program import Program
-from tests.criteria.conformance import CriterionConformance
+from kfe_fx.testing import CriterionConformance
 from tests.criteria.nets import CLASSES, build, expected_gradients, program_of
 
 TARGETS = torch.tensor([0, 2, 1])

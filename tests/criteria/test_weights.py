@@ -12,7 +12,7 @@ from kfe_fx.criteria import ScoreContext, score
 from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.passes.batchnorm_recurrent import BatchnormRecurrent
-from tests.criteria.conformance import CriterionConformance
+from kfe_fx.testing import CriterionConformance
 from tests.criteria.nets import program_of, randomise
 from tests.criteria.test_kronecker import Normed, Recurrent
 
