@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -73,6 +74,15 @@ class Part:
     def last(self) -> bool:
         """Whether it is the last."""
         return self.number == self.count - 1
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a run stood before a round: the network, and what was told until then."""
+
+    state: State
+    quality: dict[str, Any]
+    measured: dict[str, Any]
 
 
 @dataclass
@@ -206,13 +216,12 @@ class Rounds:
         if self.settings.measures:
             _ = self.stopwatch  # what cannot be measured is to be known before anything is trained
         for number, ratios in enumerate(targets):
-            before = self.state
-            part = Part(number, len(targets), ratios)
-            self._round(part, judge)
+            before = self._mark()
+            self._round(Part(number, len(targets), ratios), judge)
             if crossed := floor.crossed(self.state.small, self.certificate.rounds[-1]):
-                self._take_back(before, crossed, judge)
+                self._take_back(before, crossed)
                 break
-        if judge is not None and self.tuner.trains:
+        if judge is not None and self.tuner.trains and self.certificate.rounds:
             self.certificate.quality["after"] = self._evaluate(judge, self.state.small)
 
     def _round(self, part: Part, judge: Metric | None) -> None:
@@ -226,7 +235,7 @@ class Rounds:
                 scores = self._train_and_mask(part, scores)
             chosen = self._chosen(part, scores, branches)
             self._surgery(Group.current().lead(lambda: chosen), scores, part.ratios)
-        if part.last and judge is not None:
+        if judge is not None and (part.last or self.settings.stops):  # a floor makes any round the last one
             self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
         self.progress(f"round {part.number + 1} of {part.count}: fine-tuning", (part.number + 0.5) / part.count)
         self._finetune(part)
@@ -491,14 +500,20 @@ class Rounds:
         self.signals, self.changes = lifted(signals.scores_with_masked_first()), lifted(signals.estimates())
         return self.signals
 
-    def _take_back(self, before: State, why: str, judge: Metric | None) -> None:
-        """Go back to where the last round began."""
-        self.certificate.rounds.pop()
-        self.certificate.feasible, self.certificate.binding = False, why
-        self._go_to(before)
+    def _mark(self) -> Mark:
+        told = self.certificate
+        return Mark(self.state, dict(told.quality), copy.deepcopy(told.measured))
+
+    def _take_back(self, before: Mark, why: str) -> None:
+        """Go back to where the last round began; nothing that was told of it stays."""
+        certificate = self.certificate
+        certificate.rounds.pop()
+        certificate.quality, certificate.measured = before.quality, before.measured
+        certificate.feasible, certificate.binding = False, why
+        self._go_to(before.state)
         self.tuner.optimizer = None
-        if judge is not None:
-            self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
+        if not certificate.rounds and certificate.quality:  # this is the dense network
+            certificate.quality["right_after"] = certificate.quality["before"]
 
     # what is told ----------------------------------------------------------------------------------------------------
 

@@ -42,8 +42,7 @@ def round_ratios(settings: Settings, ratios: Mapping[str, float], *, trains: boo
         raise UsageError("the schedule theis removes while it trains: give data with targets, and epochs")
     if settings.metric == "widths" or settings.plan is not None or settings.schedule == "one-shot":
         return [dict(ratios)]
-    careful = settings.stop_at_loss is not None or settings.stop_at_accuracy is not None
-    usual = PROPOSING if settings.schedule == "netadapt" else CAREFUL if careful else ROUNDS if trains else 1
+    usual = PROPOSING if settings.schedule == "netadapt" else CAREFUL if settings.stops else ROUNDS if trains else 1
     count = settings.rounds or usual
     steps = equal_schedule if settings.schedule == "equal" else exponential_schedule
     each = {metric: steps(ratio, count) for metric, ratio in ratios.items()}

@@ -62,6 +62,11 @@ class Settings:
         return self.limits[0].metric
 
     @property
+    def stops(self) -> bool:
+        """Whether a floor may end the rounds."""
+        return self.stop_at_loss is not None or self.stop_at_accuracy is not None
+
+    @property
     def measures(self) -> bool:
         """Whether the budget is one of latency that is measured here; for another device it is predicted."""
         return self.metric == "latency" and self.target is None

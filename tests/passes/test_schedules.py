@@ -17,8 +17,11 @@ from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.passes import rounds as passes_rounds
+from kfe_fx.passes.floors import Floor
 from kfe_fx.passes.prune import PruneResult, prepare, prune
+from kfe_fx.passes.rounds import Rounds
 from kfe_fx.passes.schedules import netadapt, round_ratios
+from kfe_fx.passes.stopwatch import Stopwatch
 from kfe_fx.passes.theis import DECAY, Signals
 from kfe_fx.program import Program
 
@@ -231,6 +234,26 @@ def test_a_floor_of_loss_that_no_round_keeps_leaves_the_network(trained: Program
     assert not result.certificate.feasible
     assert result.certificate.after == result.certificate.before
     assert not result.plan.kept
+
+
+def test_a_round_that_is_taken_back_leaves_no_figures(trained: Program, monkeypatch: pytest.MonkeyPatch):
+    values, floors, times = iter((0.9, 0.8, 0.1, 0.85)), iter(("", "stop-at-loss")), iter((0.5, 0.5))
+    monkeypatch.setattr(Rounds, "_evaluate", lambda self, judge, program: next(values))
+    monkeypatch.setattr(Floor, "crossed", lambda self, small, entry: next(floors))
+    monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: next(times))
+    certificate = run(trained, metric="latency", rounds=2, stop_at_loss=1.0, multiple_of=1).certificate
+    told = {"before": 0.9, "right_after": 0.8, "after": 0.85}  # not the 0.1 of the second round
+    assert certificate.quality == {"metric": "accuracy", **told}
+    assert not {"turns", "predictor"} & set(certificate.measured)  # the second round measured them
+    assert len(certificate.rounds) == len(certificate.measured["training_threads"]) == 1
+
+
+def test_the_dense_network_has_no_figures_of_training(trained: Program):
+    certificate = run(trained, budget=0.05, rounds=1, stop_at_loss=1e-9).certificate
+    assert certificate.rounds == []
+    assert certificate.quality["right_after"] == certificate.quality["before"]
+    assert "after" not in certificate.quality
+    assert "training_threads" not in certificate.measured
 
 
 def test_floors_need_held_out_examples(trained: Program):
