@@ -54,6 +54,7 @@ from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
 
 FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
+NO_FASTER = "nothing that can be removed makes the network faster"
 TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
 
 
@@ -122,10 +123,10 @@ class Rounds:
         self.progress("reading the graph", None)
         self.certificate = Certificate(1.0, settings.metric, str(settings.criterion), settings.seed)
         analysis = analyze(self.original, heads=settings.heads)
-        whole = Shallow(analysis, frozenset(), self.original, analysis)
+        self.whole = Shallow(analysis, frozenset(), self.original, analysis)
         self.cutter = Cutter(settings, data, lambda candidate: self.trial.loss(candidate))
         self.dense = CostModel(self.original, analysis)
-        self._go_to(State(self.original.copy().eval(), whole, frozenset(), Plan(heads=settings.heads)))
+        self._go_to(self._start())
         self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scoring: dict[str, Any] = {}
         self.curvature: Any = None  # factors of the network that was scored last, where the criterion took some
@@ -137,12 +138,15 @@ class Rounds:
                 "nothing can be removed from this network; `kfe-fx inspect` says what is frozen and why"
             )
 
+    def _start(self) -> State:
+        """Return where a run begins: a copy of the dense network."""
+        return State(self.original.copy().eval(), self.whole, frozenset(), Plan(heads=self.settings.heads))
+
     def _go_to(self, state: State) -> None:
         """Go on from another state; where branches went, what selects looks at the network anew."""
-        if not hasattr(self, "state"):
-            self.model = self.dense
-        elif state.shallow is not self.state.shallow:
-            self.model = CostModel(state.shallow.program, state.shallow.analysis)
+        if not hasattr(self, "state") or state.shallow is not self.state.shallow:
+            dense = state.shallow is self.whole
+            self.model = self.dense if dense else CostModel(state.shallow.program, state.shallow.analysis)
             self.__dict__.pop("selector", None)
         self.state = state
 
@@ -155,10 +159,10 @@ class Rounds:
         if self._asks():
             self._decompose()
             self._rounds(judge)
-        tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
-        self._tell_data()
         if "latency" in self.ratios and self._asks():
             self._reach_latency()
+        tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
+        self._tell_data()
         tell_limits(self.certificate, self.settings, self.ratios)
         tell_losses(self.certificate)
         if self._asks() and self.data.calibration is not None:
@@ -208,6 +212,11 @@ class Rounds:
         settings = self.settings
         return min(self.ratios.values()) < 1 or bool(settings.bounds.caps) or settings.plan is not None
 
+    def _demands_more(self) -> bool:
+        """Whether something must go for another reason than latency."""
+        others = (ratio for metric, ratio in self.ratios.items() if metric != "latency")
+        return any(ratio < 1 for ratio in others) or bool(self.settings.bounds.caps)
+
     # the rounds ------------------------------------------------------------------------------------------------------
 
     def _rounds(self, judge: Metric | None) -> None:
@@ -217,14 +226,17 @@ class Rounds:
             _ = self.stopwatch  # what cannot be measured is to be known before anything is trained
         for number, ratios in enumerate(targets):
             before = self._mark()
-            self._round(Part(number, len(targets), ratios), judge)
+            if not self._round(Part(number, len(targets), ratios), judge):
+                self._leave()
+                break
             if crossed := floor.crossed(self.state.small, self.certificate.rounds[-1]):
                 self._take_back(before, crossed)
                 break
         if judge is not None and self.tuner.trains and self.certificate.rounds:
             self.certificate.quality["after"] = self._evaluate(judge, self.state.small)
 
-    def _round(self, part: Part, judge: Metric | None) -> None:
+    def _round(self, part: Part, judge: Metric | None) -> bool:
+        """Cut and train; return whether there was anything to cut."""
         self.progress(f"round {part.number + 1} of {part.count}: scoring", part.number / part.count)
         if self.settings.plan is not None:
             self._surgery(self._planned(self.settings.plan), None, part.ratios)
@@ -233,14 +245,18 @@ class Rounds:
             branches = self._choose_branches(scores) if part.first else ()
             if self.settings.schedule == "theis":
                 scores = self._train_and_mask(part, scores)
-            chosen = self._chosen(part, scores, branches)
-            self._surgery(Group.current().lead(lambda: chosen), scores, part.ratios)
+            found = self._chosen(part, scores, branches)
+            chosen = Group.current().lead(lambda: found)
+            if chosen is None:
+                return False
+            self._surgery(chosen, scores, part.ratios)
         if judge is not None and (part.last or self.settings.stops):  # a floor makes any round the last one
             self.certificate.quality["right_after"] = self._evaluate(judge, self.state.small)
         self.progress(f"round {part.number + 1} of {part.count}: fine-tuning", (part.number + 0.5) / part.count)
         self._finetune(part)
+        return True
 
-    def _chosen(self, part: Part, scores: np.ndarray, branches: tuple[str, ...]) -> Selection:
+    def _chosen(self, part: Part, scores: np.ndarray, branches: tuple[str, ...]) -> Selection | None:
         if part.last and self.settings.measures and self.ratios["latency"] < 1:
             return self._closed_loop(scores, part.ratios, branches)
         if self.settings.schedule != "netadapt" or branches:
@@ -313,8 +329,8 @@ class Rounds:
             removed, self.selector.ratio(self.settings.metric, removed, plan.dropped), True, dropped=plan.dropped
         )
 
-    def _closed_loop(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
-        """Measure what is selected and correct what is asked of the predictor."""
+    def _closed_loop(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection | None:
+        """Measure what is selected and correct what is asked of the predictor; None where no removal is of use."""
 
         def solve(target: float) -> Selection:
             return self._select(scores, {**ratios, "latency": target}, drop)
@@ -329,7 +345,7 @@ class Rounds:
 
         tolerance = min(TOLERANCE, NEAR / ratios["latency"])
         result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=tolerance)
-        alone = len(self.ratios) == 1 and not self.settings.bounds.caps
+        alone = not self._demands_more()
         if (
             alone and drop and result.measured < ratios["latency"] * (1 - tolerance)
         ):  # they save more than was asked for
@@ -346,10 +362,12 @@ class Rounds:
         first = result.turns[0]
         error = first.selection.predicted / first.measured - 1
         certificate.measured["predictor"] = {"name": self.selector.latency.name, "error": error}
-        if alone and result.measured >= 1 and not self.state.removed:  # a plan that is no faster is none
-            certificate.feasible, certificate.binding = False, "nothing that can be removed makes the network faster"
-            return Selection(frozenset(), 1.0, False, certificate.binding)
-        return result.selection
+        if result.measured < 1:
+            return result.selection
+        certificate.feasible = False
+        certificate.binding = f"{NO_FASTER}: the nearest measured {result.measured:.3f} of dense"
+        # a plan that is no faster is none; what other budgets demand goes all the same, and no more
+        return None if alone else self._select(scores, {**ratios, "latency": 1.0}, ())
 
     # one surgery -----------------------------------------------------------------------------------------------------
 
@@ -512,8 +530,22 @@ class Rounds:
         certificate.feasible, certificate.binding = False, why
         self._go_to(before.state)
         self.tuner.optimizer = None
-        if not certificate.rounds and certificate.quality:  # this is the dense network
-            certificate.quality["right_after"] = certificate.quality["before"]
+        if not certificate.rounds:
+            self._tell_dense()
+
+    def _leave(self) -> None:
+        """Go back to the dense network, whose weights nothing has touched: what was made of it is of no use."""
+        self.certificate.rounds.clear()
+        self.certificate.measured.pop("training_threads", None)
+        self._go_to(self._start())
+        self.tuner.optimizer = None
+        self._tell_dense()
+
+    def _tell_dense(self) -> None:
+        quality = self.certificate.quality
+        if quality:
+            quality.pop("after", None)
+            quality["right_after"] = quality["before"]
 
     # what is told ----------------------------------------------------------------------------------------------------
 
@@ -534,22 +566,37 @@ class Rounds:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
 
     def _reach_latency(self) -> None:
-        self.certificate.measured["device"] = {**self.device.fingerprint.to_json(), "step": self.device.step}
-        if self.settings.target is None:
-            onnx = prove(self.state.small, self.certificate)
-            self.progress("measuring anew", None)
-            self.certificate.measured["latency"] = self.stopwatch.anew(self.state.small, onnx)
-            if self.settings.precision == "int8":
-                self.certificate.notes.append(
-                    "the latency is that of int8 copies of both networks (ranges from drawn inputs), predicted with "
-                    "the constants of float32; the ONNX file is float32: quantise it"
-                )
-        else:
-            milliseconds = self.selector.milliseconds
-            tell_prediction(
-                self.certificate,
-                self.settings.target,
-                milliseconds(self.dense),
-                milliseconds(self.model, self.state.removed),
-                self.selector.latency.name,
+        """Tell the latency of the finished network; one that is no faster gives way to the dense one."""
+        certificate, settings = self.certificate, self.settings
+        certificate.measured["device"] = {**self.device.fingerprint.to_json(), "step": self.device.step}
+        found = self._latency()
+        wanted = self.ratios["latency"] < 1 and settings.plan is None and not self._demands_more()
+        if wanted and found["ratio"] >= 1 and self._changed():
+            why = f"{NO_FASTER}: the smaller one takes {found['ratio']:.3f} of dense"
+            certificate.binding = why if certificate.feasible else f"{certificate.binding}; {why}"
+            certificate.feasible = False
+            self._leave()
+            self._latency()
+        if settings.measures and settings.precision == "int8":
+            certificate.notes.append(
+                "the latency is that of int8 copies of both networks (ranges from drawn inputs), predicted with "
+                "the constants of float32; the ONNX file is float32: quantise it"
             )
+
+    def _changed(self) -> bool:
+        return self.state.shallow is not self.whole or bool(self.state.removed)
+
+    def _latency(self) -> dict[str, Any]:
+        """Measure the network anew, or predict for another device, and tell it."""
+        certificate, milliseconds = self.certificate, self.selector.milliseconds
+        if self.settings.target is not None:
+            dense, small = milliseconds(self.dense), milliseconds(self.model, self.state.removed)
+            tell_prediction(certificate, self.settings.target, dense, small, self.selector.latency.name)
+            return certificate.predicted
+        onnx = prove(self.state.small, certificate)
+        self.progress("measuring anew", None)
+        found = self.stopwatch.anew(self.state.small, onnx)
+        if not self._changed():  # as fast as itself, whatever the noise says
+            found |= {"pruned_ms": found["dense_ms"], "ratio": 1.0, "interval": [1.0, 1.0]}
+        certificate.measured["latency"] = found
+        return found

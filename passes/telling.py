@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kfe_fx.certificate import Certificate
+from kfe_fx.cost.budget import Limit
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device
 from kfe_fx.curvature.fisher_rao import fisher_rao_norm
@@ -20,11 +21,7 @@ from kfe_fx.program import Program
 COUNTED = {"macs": "macs", "params": "parameters", "memory": "peak_memory", "widths": "units"}
 _ROUNDING = 1e-9
 CAPACITY = 256  # examples of the Fisher-Rao norm
-PLAN_TOLERANCE = 0.05  # of a measured budget that a given plan is judged by
-
-
-def _counted(metric: str) -> bool:
-    return metric in ("macs", "params", "memory")
+LATENESS = 0.05  # how far a network may lie above a latency budget that it meets: the widest tolerance of the loop
 
 
 def counts(model: CostModel, removed: frozenset[int]) -> dict[str, Any]:
@@ -75,43 +72,35 @@ def tell_prediction(certificate: Certificate, device: Device, dense: float, prun
         "device": device.fingerprint.to_json(),
         "predictor": {"name": name},
     }
-    certificate.notes.append(
-        f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"
-    )
+    note = f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"
+    certificate.notes += [note] if note not in certificate.notes else []
 
 
 def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, float]) -> None:
     """Tell every limit beside what was reached; of one budget alone, and of the first of several, as the budget."""
-    reached = {}
-    for limit in settings.limits:
-        if limit.metric == "latency":
-            found = certificate.measured.get("latency") or certificate.predicted
-            reached["latency"] = found["ratio"] if found else 1.0
-        else:
-            name = COUNTED[limit.metric]
-            reached[limit.metric] = certificate.after[name] / max(1, certificate.before[name])
-    certificate.limits = [
-        {
-            "metric": limit.metric,
-            "asked": str(limit),
-            "ratio": ratios[limit.metric],
-            "reached": reached[limit.metric],
-            **({"met": reached[limit.metric] <= ratios[limit.metric] + _ROUNDING} if _counted(limit.metric) else {}),
-        }
-        for limit in settings.limits
-    ]
+    certificate.limits = [_told(certificate, limit, ratios[limit.metric]) for limit in settings.limits]
     unmet = [limit["metric"] for limit in certificate.limits if not limit.get("met", True)]
-    late = reached.get("latency", 0.0) > ratios.get("latency", 1.0) * (1 + PLAN_TOLERANCE)
-    if settings.plan is not None and late:  # nothing was measured before, and nothing can be corrected
-        unmet.append("latency")
-    if unmet and certificate.feasible:
-        certificate.feasible, certificate.binding = (
-            False,
-            certificate.binding or f"{', '.join(unmet)} is above its limit",
-        )
-    certificate.reached = reached[settings.metric]
+    if unmet and certificate.feasible:  # what the rounds did not see coming
+        above = f"{', '.join(unmet)} is above its limit"
+        if certificate.measured.get("latency") and "latency" in unmet:
+            above += ", now that it is measured anew"
+        certificate.feasible, certificate.binding = False, "; ".join(filter(None, (above, certificate.binding)))
+    certificate.reached = certificate.limits[0]["reached"]
     if not certificate.feasible:
         certificate.notes.append(f"the budget is out of reach ({certificate.binding}); this is the nearest point")
+
+
+def _told(certificate: Certificate, limit: Limit, ratio: float) -> dict[str, Any]:
+    told = {"metric": limit.metric, "asked": str(limit), "ratio": ratio}
+    if limit.metric == "latency":
+        found = certificate.measured.get("latency") or certificate.predicted
+        told["reached"] = reached = found["ratio"] if found else 1.0
+        # no failure that noise alone may be, and no success that is no gain
+        least = found["interval"][0] if "interval" in found else reached
+        return told | {"met": least <= ratio * (1 + LATENESS) and (reached < 1 or ratio >= 1)}
+    name = COUNTED[limit.metric]
+    told["reached"] = reached = certificate.after[name] / max(1, certificate.before[name])
+    return told if limit.metric == "widths" else told | {"met": reached <= ratio + _ROUNDING}
 
 
 def tell_losses(certificate: Certificate) -> None:

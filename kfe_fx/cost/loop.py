@@ -35,8 +35,8 @@ class Turn:
 class LoopResult:
     """The best turn, whether it lies within the tolerance, and why the loop ended.
 
-    ``feasible`` is false where even the cheapest selection measured above the budget; ``selection`` is then the nearest
-    to it. ``measured`` chose the selection, so it flatters it: report a fresh measurement.
+    ``feasible`` is false where every selection measured above the budget and its tolerance; ``selection`` is then the
+    nearest to it. ``measured`` chose the selection, so it flatters it: report a fresh measurement.
     """
 
     selection: Selection
@@ -91,10 +91,12 @@ def close_loop(
             reason = "no other selection comes nearer"
     best = min(done, key=lambda turn: _distance(turn.measured, target, tolerance))
     within = abs(best.measured / target - 1) <= tolerance
-    cheapest_too_slow = any(not turn.selection.feasible for turn in done) and best.measured > target * (1 + tolerance)
-    if cheapest_too_slow:
+    too_slow = best.measured > target * (1 + tolerance)
+    if too_slow and any(not turn.selection.feasible for turn in done):
         reason = f"the budget is out of reach: {best.selection.binding or 'nothing more can be removed'}"
-    return LoopResult(best.selection, best.measured, within, not cheapest_too_slow, reason, tuple(done))
+    elif too_slow:
+        reason = f"{reason}, the nearest measured {best.measured:.3f} of dense"
+    return LoopResult(best.selection, best.measured, within, not too_slow, reason, tuple(done))
 
 
 def _distance(measured: float, target: float, tolerance: float) -> tuple[bool, float]:

@@ -17,6 +17,7 @@ import torch
 
 import kfe_fx
 from kfe_fx.cli.main import cli, run
+from kfe_fx.passes.stopwatch import Stopwatch
 
 NET = """
 import torch
@@ -154,14 +155,28 @@ def test_prune_with_data(made: Path, capsys: pytest.CaptureFixture[str], metric:
 
 
 def test_latency_is_measured(made: Path, capsys: pytest.CaptureFixture[str]):
-    told = answer(capsys, "prune", made / "wide.pt", "--budget", "0.5", "--multiple-of", "8", "-o", "out")
+    code = run(["prune", str(made / "wide.pt"), "--budget=0.5", "--multiple-of=8", "-o", "out", "--json"])
+    told = json.loads(capsys.readouterr().out)
     latency = told["measured"]["latency"]
-    assert told["feasible"]
+    assert code == (0 if told["feasible"] else 4)
     assert told["reached"] == latency["ratio"]
     assert latency["pruned_ms"] < latency["dense_ms"]
     # the machine may be busy: that the budget is met to 5 % is what the turns of the loop say
     assert 0.3 < told["reached"] < 0.75
     assert told["measured"]["turns"]
+
+
+def test_a_latency_that_is_missed_at_last_is_exit_4(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    found = {"dense_ms": 1.0, "pruned_ms": 0.62, "ratio": 0.62, "interval": [0.6, 0.64]}
+    monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(Stopwatch, "_anew", lambda *_: dict(found))
+    assert run(["prune", str(made / "wide.pt"), "--budget=0.5", "-q"]) == 4
+    why = "latency is above its limit, now that it is measured anew"
+    line = f"the budget 0.5 is out of reach ({why}); the nearest point, 0.620 of the latency, was written"
+    assert line in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == [f"wide{name[5:]}" for name in NAMES]
 
 
 def test_the_files_are_what_the_certificate_says(pruned: Path, made: Path):

@@ -97,6 +97,14 @@ def test_out_of_reach_is_said():
     assert result.measured == pytest.approx(0.37)
 
 
+def test_a_budget_that_no_turn_meets_is_not_feasible():
+    result = Machine(lambda p: 0.1 * p + 0.55).loop(0.5, turns=2)
+    assert not result.feasible
+    assert result.reason == f"2 turns were not enough, the nearest measured {result.measured:.3f} of dense"
+    stuck = Machine(lambda p: 1.1 * p, tread=450).loop(0.54, turns=20)
+    assert stuck.feasible  # below the budget
+
+
 def test_what_the_predictor_thinks_impossible_may_be_measured_possible():
     result = Machine(lambda p: 0.5 * p, least=0.6).loop(0.31)
     assert result.feasible
