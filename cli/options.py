@@ -347,11 +347,23 @@ device = stack(
     ),
 )
 
+batch = click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size when it is measured.")
+
+# Of files; a network that is pruned for a profile takes the profile's threads.
 measuring = stack(
     click.option(
         "--threads", type=COUNT, default=1, show_default=True, help="Threads of ONNX Runtime when it is measured."
     ),
-    click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size when it is measured."),
+    batch,
+)
+
+measuring_for = stack(
+    click.option(
+        "--threads",
+        type=COUNT,
+        help="Threads of ONNX Runtime when it is measured. [default: 1, with --target those of the profile]",
+    ),
+    batch,
 )
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")

@@ -32,7 +32,7 @@ def read_budgets(text: str) -> list[str]:
 @options.STORE
 @options.data
 @options.judging
-@options.measuring
+@options.measuring_for
 @options.device
 @options.bounds
 @options.seed

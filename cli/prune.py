@@ -121,7 +121,7 @@ def show(job: Job, result: Any, paths: Any) -> None:
 @options.data
 @options.judging
 @options.training
-@options.measuring
+@options.measuring_for
 @options.device
 @options.bounds
 @click.option(

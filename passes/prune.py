@@ -88,7 +88,7 @@ def prune(
     optimizer: str = "adamw",
     rounds: int | None = None,
     multiple_of: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     batch: int = 1,
     keep: Sequence[str] = (),
     floor: Sequence[str] = (),
@@ -139,7 +139,7 @@ def prune(
         optimizer: "adamw" or "sgd".
         rounds: of scoring, removal, repair and fine-tuning; by default 4 with fine-tuning, else 1.
         multiple_of: widths stay multiples of this; where latency counts that of the device when not given, else 1.
-        threads: of the latency measurement.
+        threads: of the latency measurement; by default 1, or those of the profile that ``target`` is.
         batch: of the latency measurement.
         keep: globs of parameters whose units stay.
         floor: "GLOB=16" or "GLOB=0.5": how many units, or which fraction of them, each layer that matches keeps.
@@ -223,6 +223,7 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
         given |= {"heads": plan.heads, "resize_state": plan.resize_state}
     bounds = Bounds(tuple(map(read_bound, given.pop("floor"))), tuple(map(read_bound, given.pop("cap"))))
     device = target if isinstance(target, Device) or target is None else read_device(target)
+    given["threads"] = _threads(given["threads"], device)
     foreign = device is not None and not device.is_this_machine()
     if foreign and (given["batch"], given["precision"], given["provider"]) != (1, "fp32", Settings.provider):
         raise UsageError(
@@ -261,6 +262,19 @@ def _check_store(program: Program, settings: Settings, examples: PruneData) -> N
             f"the criterion {criterion.name!r} does not look at curvature, and no repair does; drop store, or "
             f"choose {known}"
         )
+
+
+def _threads(asked: int | None, device: Device | None) -> int:
+    """Return the threads that latency is of: a profile knows the times of its own number only."""
+    if device is None:
+        return asked or 1
+    known = device.fingerprint.threads
+    if asked not in (None, known):
+        raise UsageError(
+            f"the profile of --target is of {known} thread{'s' * (known > 1)}, --threads says {asked}; "
+            f"drop --threads, or calibrate there with --threads {asked}"
+        )
+    return known
 
 
 def _fitting(program: Program, data: Any, loss: Any, name: str) -> Any:

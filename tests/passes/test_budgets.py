@@ -19,6 +19,7 @@ from kfe_fx.cost.probes import fingerprint
 from kfe_fx.cost.profile import Profile
 from kfe_fx.errors import BadFile, PlanError, UsageError
 from kfe_fx.passes.pareto import pareto
+from kfe_fx.passes.prune import prepare
 from kfe_fx.passes.rounds import Rounds
 from kfe_fx.plan import read_plan
 
@@ -211,10 +212,12 @@ def test_branches_and_units_over_several_rounds() -> None:
 # another device ------------------------------------------------------------------------------------------------------
 
 
-def device(**constants: float) -> Device:
+def device(threads: int = 1, **constants: float) -> Device:
     """A made-up device: not this machine, with some constants of its own."""
     measured = {"nanoseconds": {}, "ratios": {}, "step_probed": True, "seconds": 1.0}
-    return Device(replace(fingerprint(1, "fp32"), cpu="made up"), replace(Profile(), **constants), 1, (), measured)
+    return Device(
+        replace(fingerprint(threads, "fp32"), cpu="made up"), replace(Profile(), **constants), 1, (), measured
+    )
 
 
 def test_two_devices_get_two_plans_that_are_predicted(tmp_path: Path) -> None:
@@ -266,6 +269,22 @@ def test_the_certificate_tells_the_cost_model_and_its_error() -> None:
     first = certificate.measured["turns"][0]
     assert told == {"name": "by-parameters", "error": first["predicted"] / first["measured"] - 1}
     assert any(row[0] == "latency predicted by by-parameters, first shot" for row in certificate.table())
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_threads_are_those_of_the_profile(here: bool) -> None:
+    two, one = device(2), device(1)
+    if here:
+        two, one = (replace(each, fingerprint=replace(each.fingerprint, cpu=fingerprint().cpu)) for each in (two, one))
+    with pytest.raises(UsageError, match=r"--target is of 1 thread, --threads says 4; drop --threads, or calibrate"):
+        cut(0.5, target=one, threads=4)
+    with pytest.raises(UsageError, match="of 2 threads, --threads says 1"):
+        cut(0.5, target=two, threads=1)
+    for asked in (None, 2):
+        job = prepare(made(), X, budget=0.5, target=two, threads=asked)
+        assert job.settings.threads == 2
+        assert (job.settings.target is None) == here
+    assert prepare(made(), X, budget=0.5).settings.threads == 1
 
 
 def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
