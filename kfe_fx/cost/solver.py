@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
 CAP = 0.9
+NAMED = 3  # of globs or layers that a message lists
 EXACT_COMBINATIONS = 20_000  # listed in a fraction of a second; pegging leaves few of them
 # a cost that differs from the limit by less than rounding meets it
 _ROUNDING = 1e-9
@@ -257,8 +258,8 @@ def _binding(
     cost, bare = demand.cost, replace(options.bounds, floors=())
     told = f"{demand.name}: " if demand.name else ""
     relaxed = {
-        "what --keep protects": replace(options, keep=()),
-        "what --floor keeps": replace(options, bounds=bare),
+        f"what --keep protects ({_kept(model, options)})": replace(options, keep=()),
+        f"what --floor keeps ({_named(floor.glob for floor in options.bounds.floors)})": replace(options, bounds=bare),
         f"widths in multiples of {options.block}": replace(options, block=1),
         f"the cap of {options.cap:.0%} removed per layer": replace(options, cap=1.0),
         "multiples, floors, caps and --keep together": Options(1, 1.0, (), bare, options.drop),
@@ -274,6 +275,22 @@ def _binding(
             if state.predicted() <= limit:
                 return f"{told}{name}"
     return f"{told}what cannot be removed at all{_costliest(model, cost, reached)}"
+
+
+def _kept(model: CostModel, options: Options) -> str:
+    """Name the globs of --keep that hold layers back, with the layers where a glob is not the name of one."""
+    layers: dict[str, list[str]] = {}
+    for group, glob in frozen_groups(model.analysis, options.keep).items():
+        layers.setdefault(glob, []).append(model.analysis.groups[group].name)
+    told = (glob if names == [glob] else f"{glob}: {_named(names)}" for glob, names in layers.items())
+    return _named(told, "; ")
+
+
+def _named(names: Iterable[str], between: str = ", ") -> str:
+    """List names, the first few of many."""
+    each = list(dict.fromkeys(names))
+    rest = [f"and {len(each) - NAMED} more"] if len(each) > NAMED else []
+    return between.join([*each[:NAMED], *rest])
 
 
 def _costliest(model: CostModel, cost: Cost, reached: State) -> str:

@@ -62,7 +62,7 @@ def test_a_floor_that_binds_is_named():
         bounds=Bounds((Bound("*", 0.9),)),
     )
     assert not chosen.feasible
-    assert chosen.binding == "macs: what --floor keeps"
+    assert chosen.binding == "macs: what --floor keeps (*)"
 
 
 def test_several_budgets_are_met_at_once():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfe_fx.cost.bounds import Bound, Bounds
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.exact import solve_exactly
 from kfe_fx.cost.latency import RooflineLatency
@@ -123,7 +124,13 @@ def test_an_infeasible_budget_gives_the_cheapest_point_and_says_what_binds():
         return chosen.binding
 
     frozen = refused(0.2, keep=["blocks.*", "stem.*"])
-    assert frozen == "what --keep protects"
+    assert frozen == "what --keep protects (blocks.*: stem, blocks.0.0, blocks.1.0, and 1 more)"
+    assert refused(0.2, keep=["wide", "stem.*", "blocks.2.*"]) == (
+        "what --keep protects (wide; stem.*: stem; blocks.2.*: blocks.2.0)"
+    )
+    assert refused(0.2, bounds=Bounds((Bound("blocks.*", 0.9), Bound("wide", 0.9)))) == (
+        "what --floor keeps (blocks.*, wide)"
+    )
     assert refused(0.04) == "widths in multiples of 16"
     assert "cap of 30%" in refused(0.4, cap=0.3)
     assert "stem" in refused(1e-9) or "blocks" in refused(1e-9)
