@@ -42,6 +42,7 @@ from kfe_fx.passes.telling import (
     tell_limits,
     tell_losses,
     tell_prediction,
+    tell_step,
 )
 from kfe_fx.passes.theis import Signals
 from kfe_fx.passes.trial import Trial
@@ -163,6 +164,8 @@ class Rounds:
             self._reach_latency()
         tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
         self._tell_data()
+        if "latency" in self.ratios and self._asks():
+            tell_step(self.certificate, self.device, self.settings)
         tell_limits(self.certificate, self.settings, self.ratios)
         tell_losses(self.certificate)
         if self._asks() and self.data.calibration is not None:
@@ -382,6 +385,7 @@ class Rounds:
             "predicted": selection.predicted,
             "removed": len(selection.removed) - len(before.removed),
             **({"dropped": list(selection.dropped)} if selection.dropped else {}),
+            **({} if selection.step is None else {"step": selection.step}),
             "masked_error": error,
             "predicted_loss": selection.loss,
             **cut.facts,

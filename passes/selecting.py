@@ -122,7 +122,7 @@ class Selector:
                 multiple_of=block, keep=self._keep, bounds=self._bounds, gone=gone, drop=self.units(drop),
             )  # fmt: skip
             if selection.feasible or block == 1 or settings.multiple_of is not None:
-                return replace(selection, predicted=self.ratio(first.name, selection.removed, drop))
+                return replace(selection, predicted=self.ratio(first.name, selection.removed, drop), step=block)
             block //= 2
 
     def step(self, ratios: Ratios) -> int:

@@ -76,6 +76,16 @@ def tell_prediction(certificate: Certificate, device: Device, dense: float, prun
     certificate.notes += [note] if note not in certificate.notes else []
 
 
+def tell_step(certificate: Certificate, device: Device, settings: Settings) -> None:
+    """Tell where widths go in finer steps than the device likes, though nobody asked for them."""
+    used = min((entry["step"] for entry in certificate.rounds if "step" in entry), default=device.step)
+    if used < device.step and settings.multiple_of is None:
+        certificate.notes.append(
+            f"widths are multiples of {used}, not of {device.step} as this device likes: those cannot meet the budget; "
+            f"--multiple-of {device.step} insists"
+        )
+
+
 def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, float]) -> None:
     """Tell every limit beside what was reached; of one budget alone, and of the first of several, as the budget."""
     certificate.limits = [_told(certificate, limit, ratios[limit.metric]) for limit in settings.limits]

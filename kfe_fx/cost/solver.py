@@ -35,7 +35,7 @@ class Selection:
 
     ``feasible`` is false where no choice was found that meets the budget: then this is the cheapest one, and
     ``binding`` says what stands in the way. ``loss`` is the sum of the scores removed, ``dropped`` are the names of
-    branches that go as a whole.
+    branches that go as a whole, ``step`` is what widths are multiples of, where that was asked.
     """
 
     removed: frozenset[int]
@@ -44,6 +44,7 @@ class Selection:
     binding: str = ""
     loss: float = 0.0
     dropped: tuple[str, ...] = ()
+    step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,20 @@ def test_the_certificate_tells_the_cost_model_and_its_error() -> None:
     assert any(row[0] == "latency predicted by by-parameters, first shot" for row in certificate.table())
 
 
+def test_finer_steps_than_the_device_likes_are_told() -> None:
+    wide = replace(device(), step=16)
+    easy, hard = (cut(budget, target=wide, depth=False).certificate for budget in (0.8, 0.3))
+    (coarse,), (fine,) = easy.rounds, hard.rounds
+    assert coarse["step"] == 16
+    assert not any("multiples of" in note for note in easy.notes)
+    assert fine["step"] < 16
+    assert any(f"multiples of {fine['step']}, not of 16 as this device likes" in note for note in hard.notes)
+    asked = cut(0.3, target=wide, depth=False, multiple_of=4).certificate
+    assert asked.rounds[0]["step"] == 4
+    assert not any("this device likes" in note for note in asked.notes)
+    assert cut("macs=0.5").certificate.rounds[0]["step"] == 1
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_threads_are_those_of_the_profile(here: bool) -> None:
     two, one = device(2), device(1)
