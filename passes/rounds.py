@@ -15,7 +15,7 @@ from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.loop import close_loop
 from kfe_fx.cost.solver import Selection
-from kfe_fx.criteria.base import ScoreContext, score
+from kfe_fx.criteria.base import ScoreContext, resolve, score
 from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.embedding import lift_scores, units_at
