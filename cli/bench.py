@@ -51,11 +51,10 @@ def conditions(row: dict[str, Any]) -> str:
 
 def strays(row: dict[str, Any]) -> str | None:
     """Say what ran elsewhere than was asked for, or nothing."""
-    others = {name: count for name, count in row.get("kernels_on", {}).items() if name != row["provider"]}
-    if not others:
-        return None
-    where = ", ".join(f"{count} on {name}" for name, count in others.items())
-    return f"{row['path']}: not all of it ran there: of {sum(row['kernels_on'].values())} kernels {where}"
+    from kfe_fx.runtime.profile import strays
+
+    where = strays(row["provider"], row.get("kernels_on", {}))
+    return f"{row['path']}: not all of it ran there: {where}" if where else None
 
 
 def label(layer: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+CPU = "CPUExecutionProvider"
+
 
 @dataclass
 class Certificate:
@@ -85,6 +87,8 @@ class Certificate:
         low, high = latency["interval"]
         kind = "" if latency.get("precision", "fp32") == "fp32" else f" in {latency['precision']}"
         threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
+        provider = latency.get("provider", CPU)
+        kind += "" if provider == CPU else f" on {provider}"
         label = f"latency{kind}, {threads}, batch {latency['batch']}"
         return [
             (label, f"{latency['dense_ms']:.3f} ms", f"{latency['pruned_ms']:.3f} ms"),

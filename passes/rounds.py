@@ -49,6 +49,7 @@ from kfe_fx.passes.trial import Trial
 from kfe_fx.passes.tuning import Tuner
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
+from kfe_fx.runtime.profile import strays
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
 from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
@@ -580,7 +581,9 @@ class Rounds:
             certificate.binding = why if certificate.feasible else f"{certificate.binding}; {why}"
             certificate.feasible = False
             self._leave()
-            self._latency()
+            found = self._latency()
+        if where := strays(found.get("provider", ""), found.get("kernels_on", {})):
+            certificate.notes.append(f"not all of the network ran on {found['provider']}: {where}")
         if settings.measures and settings.precision == "int8":
             certificate.notes.append(
                 "the latency is that of int8 copies of both networks (ranges from drawn inputs), predicted with "

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from kfe_fx.curvature.distributed import Group
+from kfe_fx.errors import BadFile
 from kfe_fx.passes.settings import Settings
 from kfe_fx.program import Program
 from kfe_fx.runtime.inputs import feeds
 from kfe_fx.runtime.measure import compare
 from kfe_fx.runtime.onnx_file import onnx_bytes
+from kfe_fx.runtime.profile import MIN_RUNS, profile
 from kfe_fx.runtime.quantise import int8
-from kfe_fx.runtime.session import make_session
+from kfe_fx.runtime.session import make_session, provider_name
 from kfe_fx.runtime.template import Template
 
+CPU = "CPUExecutionProvider"
 FINAL_SECONDS = 3.0
 TURN_SECONDS = 1.0
 RANGES = 4  # batches of drawn inputs that ranges of int8 copies are taken from
@@ -39,9 +44,13 @@ class Stopwatch:
 
     def _open(self, model: bytes, program: Program) -> Any:
         settings = self._settings
-        if settings.precision == "int8":
-            model = int8(model, [feeds(program, settings.batch, settings.seed + turn) for turn in range(RANGES)])
-        return make_session(model, threads=settings.threads, provider=settings.provider)
+        return make_session(self._in_precision(model, program), threads=settings.threads, provider=settings.provider)
+
+    def _in_precision(self, model: bytes, program: Program) -> bytes:
+        settings = self._settings
+        if settings.precision != "int8":
+            return model
+        return int8(model, [feeds(program, settings.batch, settings.seed + turn) for turn in range(RANGES)])
 
     def _feeds(self, program: Program) -> Any:
         return feeds(program, self._settings.batch, self._settings.seed)  # its states may have lost units
@@ -80,6 +89,7 @@ class Stopwatch:
         each = [self._feeds(self._program), self._feeds(small)]
         found = compare(sessions, each, seconds=FINAL_SECONDS, seed=settings.seed + 1)
         ratio = found.ratios[1]
+        del sessions  # weights on a device, which the traced session needs as well
         return {
             "dense_ms": found.latencies[0].p50,
             "pruned_ms": found.latencies[1].p50,
@@ -88,6 +98,23 @@ class Stopwatch:
             "clock": found.clock,
             "threads": settings.threads,
             "batch": settings.batch,
-            "provider": sessions[1].get_providers()[0],
+            "provider": provider_name(settings.provider),
             "precision": settings.precision,
+            **self._traced(small, onnx),
         }
+
+    def _traced(self, small: Program, onnx: bytes) -> dict[str, Any]:
+        """Count the kernels by where they ran: a session gives the CPU what its provider does not take."""
+        settings = self._settings
+        provider = provider_name(settings.provider)
+        if provider == CPU:
+            return {}
+        try:
+            with tempfile.TemporaryDirectory(prefix="kfe_fx-", ignore_cleanup_errors=True) as scratch:
+                path = Path(scratch) / "small.onnx"
+                path.write_bytes(self._in_precision(onnx, small))
+                each = [self._feeds(small)]
+                (trace,) = profile([path], each, threads=settings.threads, provider=provider, runs=MIN_RUNS)
+        except (BadFile, OSError):  # a full disk costs this one fact, not the run
+            return {}
+        return {"kernels_on": trace.kernels_on}

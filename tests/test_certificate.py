@@ -66,6 +66,20 @@ def test_latency_and_parity_are_told() -> None:
     assert told["ONNX = network, relative error"] == ("batches 1, 2", "3.0e-07")
 
 
+@pytest.mark.parametrize(
+    ("provider", "precision", "label"),
+    [
+        ("CPUExecutionProvider", "fp32", "latency, 1 thread, batch 4"),
+        ("CUDAExecutionProvider", "fp32", "latency on CUDAExecutionProvider, 1 thread, batch 4"),
+        ("CUDAExecutionProvider", "int8", "latency in int8 on CUDAExecutionProvider, 1 thread, batch 4"),
+    ],
+)
+def test_a_provider_that_is_not_the_cpu_is_named(provider: str, precision: str, label: str) -> None:
+    latency = {"dense_ms": 2.0, "pruned_ms": 1.0, "ratio": 0.5, "interval": [0.49, 0.51], "threads": 1, "batch": 4}
+    told = table(replace(BARE, measured={"latency": latency | {"provider": provider, "precision": precision}}))
+    assert label in told
+
+
 def test_json_holds_every_field_and_what_depends_on_the_machine_apart() -> None:
     data = json.loads(json.dumps(BARE.to_json()))
     assert Certificate(**data) == BARE

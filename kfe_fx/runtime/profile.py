@@ -62,6 +62,12 @@ class Profile:
         return dict(sorted(counts.items(), key=lambda one: -one[1]))
 
 
+def strays(provider: str, kernels_on: Mapping[str, int]) -> str:
+    """Say how many kernels ran elsewhere than on ``provider``, as "of 5 kernels 2 on CPUExecutionProvider", or ""."""
+    others = ", ".join(f"{count} on {name}" for name, count in kernels_on.items() if name != provider)
+    return f"of {sum(kernels_on.values())} kernels {others}" if others else ""
+
+
 def profile(
     paths: Sequence[str | os.PathLike[str]],
     feeds: Sequence[Feeds],

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from kfe_fx.cost.device import Device, write_device
 from kfe_fx.cost.probes import fingerprint
 from kfe_fx.cost.profile import Profile
 from kfe_fx.errors import BadFile, PlanError, UsageError
+from kfe_fx.passes import stopwatch
 from kfe_fx.passes.pareto import pareto
 from kfe_fx.passes.prune import prepare
 from kfe_fx.passes.rounds import Rounds
@@ -311,6 +313,24 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
 def test_a_provider_that_is_not_installed() -> None:
     with pytest.raises(UsageError, match="CPUExecutionProvider"):
         cut(0.5, provider="NoSuchProvider")
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in ort.get_available_providers(), reason="needs a provider that idles")
+def test_what_a_provider_leaves_to_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = cut(0.8, provider="azure", depth=False).certificate
+    latency = certificate.measured["latency"]
+    assert latency["provider"] == "AzureExecutionProvider"
+    count = latency["kernels_on"]["CPUExecutionProvider"]
+    told = f"not all of the network ran on AzureExecutionProvider: of {count} kernels {count} on CPUExecutionProvider"
+    assert told in certificate.notes
+    assert any(row[0].startswith("latency on AzureExecutionProvider") for row in certificate.table())
+    assert "kernels_on" not in cut(0.8, depth=False).certificate.measured["latency"]
+
+    def full(*_: Any, **options: Any) -> None:
+        raise BadFile("no space")
+
+    monkeypatch.setattr(stopwatch, "profile", full)
+    assert "kernels_on" not in cut(0.8, provider="azure", depth=False).certificate.measured["latency"]
 
 
 def test_int8_says_what_was_measured() -> None:
