@@ -1,17 +1,27 @@
-"""Taylor and Fisher: numbers, losses, ties (T7.7), the true loss change (T7.3), sampled labels, no data."""
+"""Taylor and Fisher: numbers, losses, ties (T7.7), the true loss change (T7.3), costs (T7.5), drawn labels, no data."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from kfe_fx.cost.count import CostModel
+from kfe_fx.cost.state import Sizes, SumState
+from kfe_fx.cost.steps import Track
 from kfe_fx.criteria import ScoreContext, score
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
+from kfe_fx.passes.shrink import Shrink
+from kfe_fx.plan import Plan
+from kfe_fx.program import Program
 from tests.criteria.nets import expected_gradients, program_of
 
 TARGETS = torch.tensor([0, 2, 1])
@@ -68,12 +78,12 @@ class Twice(nn.Module):
         torch.manual_seed(0)
         self.how = how
         width = 12 if how == "read" else 6
-        self.a = nn.Linear(5, 6)
-        weight = torch.randn(4, 6)
-        self.head = nn.Linear(width, 4)
+        self.a = nn.Linear(5, 6).double()
+        weight = torch.randn(4, 6).double()
+        self.head = nn.Linear(width, 4).double()
         with torch.no_grad():
             if how == "made":
-                self.b = nn.Linear(5, 6)
+                self.b = nn.Linear(5, 6).double()
                 self.b.weight.copy_(0.25 * self.a.weight)
                 self.b.bias.copy_(0.25 * self.a.bias)
                 self.a.weight.mul_(0.75)
@@ -96,11 +106,11 @@ def test_coupled_masks_score_as_the_tied_mask(criterion: str, how: str):
     x, targets = torch.randn(9, 5).double(), torch.randint(0, 4, (9,))
     found = []
     for kind in ("once", how):
-        program = capture(Twice(kind).double().eval(), x[:2])
+        program = capture(Twice(kind).eval(), x[:2])
         analysis = analyze(program)
         assert len(analysis.units) == 6
         found.append(score(criterion, ScoreContext.of(program, analysis, (x, targets))))
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)  # the weights were halved in float32
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
 
 
 class Scalar(nn.Module):
@@ -112,18 +122,70 @@ class Scalar(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+def half_square(outputs, targets):
+    return 0.5 * (outputs - targets).square().mean()
+
+
 def test_fisher_is_the_true_loss_change_of_a_linear_last_layer():
-    """T7.3: with Gaussian labels the expected loss rises by 1/2 mean_n (a_k v_k)^2."""
+    """T7.3: the loss rises by 1/2 mean_n (a_k v_k)^2 where each input has labels one standard deviation up and down.
+
+    These have the mean and variance of Gaussian labels around the output, all that a second-order change knows of them.
+    """
     torch.manual_seed(1)
     module = Scalar().double().eval()
-    x = torch.randn(20_000, 4).double()
+    x = torch.randn(60, 4).double()
+    with torch.no_grad():
+        y = module(x)
+    data = torch.cat([x, x]), torch.cat([y + 1, y - 1])
     program = capture(module, x[:2])
-    context = ScoreContext.of(program, analyze(program), (x, None), batch_size=5000)
-    found = score("fisher", context)
-    assert context.facts["labels"] == "sampled (Gaussian)"
+    found = score("fisher", ScoreContext.of(program, analyze(program), data, half_square, batch_size=50))
     sent = torch.relu(module.first(x)) * module.second.weight[0]
     expected = 0.5 * sent.square().mean(0).detach().numpy()
-    np.testing.assert_allclose(found, expected, rtol=0.06)  # labels are drawn: the square of 20,000 normal numbers
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    for unit in range(5):  # and so it is of the network without the unit
+        cut = copy.deepcopy(module)
+        with torch.no_grad():
+            cut.second.weight[:, unit] = 0
+            change = half_square(cut(data[0]), data[1]) - half_square(module(data[0]), data[1])
+        np.testing.assert_allclose(found[unit], float(change), rtol=1e-10, atol=1e-15)
+
+
+def multiplications_of(program: Program, x: torch.Tensor) -> int:
+    """Count by running, as PyTorch counts, with attention as two products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        program(x[:1])
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_changes_of_the_cost_add_up_to_that_of_the_network(name: str):
+    """T7.5: units go one by one by loss per cost saved; each saving is the difference of two networks that run."""
+    program, x = program_of(name)
+    analysis = analyze(program)
+    losses = score("fisher", ScoreContext.of(program, analysis, (x, TARGETS)))
+    model = CostModel(program, analysis)
+    terms = model.mac_cost.terms()  # which also finds the widths
+    tracks = []
+    for group in analysis.groups:
+        order = sorted(group.units, key=lambda unit: losses[unit])[:-1]
+        tracks.append(Track(group.id, tuple((unit,) for unit in order), tuple(np.cumsum(losses[order]))))
+    state = SumState(Sizes(model.widths, tracks, [], 1), terms)
+    before = dense = multiplications_of(program, x)
+    assert before == state.cost
+    total, seen = 0.0, set()
+    while open_ := [t for t, track in enumerate(tracks) if state.stops[t] < len(track)]:
+        saved = {t: state.after(t, state.stops[t] + 1) - state.cost for t in open_}  # type: ignore[operator]
+        seen.add(tuple(saved.values()))
+        least = {t: losses[tracks[t].portions[state.stops[t]][0]] for t in open_}
+        best = min(open_, key=lambda t: least[t] / max(-saved[t], 1e-9))  # beta_k = -Delta_k / dC_k
+        state.move(best, state.stops[best] + 1)
+        removed = {unit for t, track in enumerate(tracks) for unit in track.gone(state.stops[t])}
+        small = Shrink(Plan.of_units(analysis, removed)).run(program).program
+        after = multiplications_of(small, x)
+        assert saved[best] == after - before
+        total, before = total + saved[best], after
+    assert total == before - dense < -0.5 * dense
+    assert len(seen) > 5  # what a unit saves changes with every neighbour that goes
 
 
 def test_labels_are_sampled_where_there_are_none():
