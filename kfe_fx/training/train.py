@@ -243,10 +243,8 @@ def _notes(program: Program, optimizer: torch.optim.Optimizer, group: Group) -> 
     if skipped:
         notes.append(f"{skipped} steps were not taken: their gradients were not finite")
     if left_out is not None and has_live_norms(program):
-        shares = ", of each process's share" if group.size > 1 else ""
-        notes.append(
-            f"batch norm couples the examples of a batch: curvature was taken by rows, not by examples{shares}"
-        )
+        rows = "rows, not by examples" + (", of each process's share" if group.size > 1 else "")
+        notes.append(f"batch norm couples the examples of a batch: curvature was taken by {rows}")
     if group.size > 1 and has_own_norms(program):
         notes.append(OWN_SHARES)
     return notes
