@@ -81,6 +81,7 @@ def command(
     targets.require_free([table, picture], sources=[Path(p) for p in (model, data, val) if p], force=force)
 
     import kfe_fx
+    from kfe_fx.curvature.distributed import launched
     from kfe_fx.curvature.store import Store
     from kfe_fx.errors import MissingDependency
     from kfe_fx.passes.pareto import pareto
@@ -88,8 +89,10 @@ def command(
     examples, held = load_examples(data), load_examples(val)
     settings["store"] = None if store is None else Store.load(store)
     program = kfe_fx.load(model, data=examples, arch=arch, trust=trust, inputs=inputs)
-    with output.progress(quiet=quiet) as report:
+    with launched() as group, output.progress(quiet=quiet or group.rank > 0) as report:
         front = pareto(program, budgets=read_budgets(budgets), data=examples, val=held, progress=report, **settings)
+        if group.rank > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         front.write(table, force=force)
         files = [table]

@@ -140,6 +140,7 @@ def command(
     targets.require_free(wanted, sources=[Path(p) for p in (model, data, val) if p], force=force)
 
     import kfe_fx
+    from kfe_fx.curvature.distributed import launched
     from kfe_fx.training.losses import resolve_loss
     from kfe_fx.training.metrics import resolve_metric
 
@@ -147,10 +148,12 @@ def command(
     found_loss, metric = resolve_loss(loss, None), resolve_metric(evaluate, None)
     examples, held = load_examples(data), load_examples(val)
     program = kfe_fx.load(model, data=examples, arch=arch, trust=trust, inputs=inputs)
-    with output.progress(quiet=quiet) as report:
+    with launched() as group, output.progress(quiet=quiet or group.rank > 0) as report:
         result = kfe_fx.sparsify(
             program, data=examples, val=held, evaluate=metric, loss=found_loss, progress=report, **settings
         )
+        if group.rank > 0:
+            return
         paths = result.write(folder, model.stem, force=force)
     certificate = result.certificate
     if as_json:

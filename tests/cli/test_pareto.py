@@ -19,6 +19,7 @@ from kfe_fx.cli.main import cli, run
 from kfe_fx.cost.device import this_device, write_device
 from kfe_fx.cost.probes import fingerprint
 from kfe_fx.passes.pareto import pareto
+from tests.processes import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,13 @@ def test_a_target_is_predicted(made: Path, capsys: pytest.CaptureFixture[str]):
     assert "predicted, not measured" in capsys.readouterr().out
     Path("there.json").write_text("{")
     assert "there.json" in refused(capsys, "prune", made / "wide.pt", "--budget=0.7", "--target=there.json", "-f")
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes(made: Path, capsys: pytest.CaptureFixture[str]):
+    args = ("pareto", made / "model.pt", "--budgets", "0.7,0.4", "--metric", "macs", "--data", made / "data.npz")
+    alone = answer(capsys, *args, "-o", "alone")
+    told = json.loads(torchrun(*args, "-o", "both", "--json"))  # one object: rank 1 prints and writes nothing
+    assert [point["reached"] for point in told["points"]] == [point["reached"] for point in alone["points"]]
+    one, both = (json.loads(Path(place, "model.pareto.json").read_text()) for place in ("alone", "both"))
+    assert [point["plan"] for point in both["points"]] == [point["plan"] for point in one["points"]]

@@ -18,6 +18,7 @@ from kfe_fx.cli.main import run
 from kfe_fx.cli.options import CRITERIA, WEIGHT_CRITERIA
 from kfe_fx.criteria import names
 from kfe_fx.passes.sparse_rounds import NO_TIME
+from tests.processes import torchrun
 
 TOTAL = 72 + 288 + 24
 
@@ -168,3 +169,19 @@ def test_what_is_missing(made: Path, capsys: pytest.CaptureFixture[str]):
     assert "matches no parameter" in refused(capsys, "sparsify", model, "--sparsity", "0.5", "--keep", "tail")
     Path("file").write_text("")
     assert "not a folder" in refused(capsys, "sparsify", model, "--sparsity", "0.5", "-o", "file")
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "qm"])
+@pytest.mark.xdist_group("processes")
+def test_two_processes(made: Path, criterion: str):
+    """Scores, fine-tuning and statistics of a batch norm are those of one process; rank 1 prints and writes nothing."""
+    args = ["sparsify", made / "model.pt", "--sparsity", "0.6", "--criterion", criterion, "--rounds", "2"]
+    # AdamW makes whole steps of what rounding leaves of the gradient of a bias before a batch norm
+    args += ["--data", made / "data.npz", "--epochs", "2", "--optimizer", "sgd", "--json"]
+    assert run([*map(str, args), "-o", "alone"]) == 0
+    told = json.loads(torchrun(*args, "-o", "both"))
+    assert len(told["files"]) == 3
+    one, both = (kfe_fx.load(f"{place}/model.sparse.pruned.pt").state_dict() for place in ("alone", "both"))
+    for name, value in one.items():
+        assert torch.equal(value == 0, both[name] == 0)
+        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-5)
