@@ -37,6 +37,8 @@ MEANINGS = {
     "conv_kernel": ("kernel of a convolution", "ns"),
     "recurrent_kernel": ("kernel of a recurrent layer", "ns"),
     "step": ("step of a recurrent layer", "ns"),
+    "tap": ("address of a tap of a convolution", "ns"),
+    "requantise": ("output of a convolution brought to 8 bits", "ns"),
 }
 
 
@@ -46,7 +48,7 @@ def show(device: Any, place: str) -> None:
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     click.echo(f"{found.cpu}, ONNX Runtime {found.onnxruntime}, {found.precision}, {threads}")
     click.echo(f"widths save time in steps of {device.step}\n")
-    constants = {name: getattr(device.profile, name) for name in MEANINGS}
+    constants = {name: value for name in MEANINGS if (value := getattr(device.profile, name))}
     rows = [
         (name, f"{value:,.4g}", *MEANINGS[name][::-1], "not believed" * (name in device.kept))
         for name, value in constants.items()
@@ -66,6 +68,13 @@ def show(device: Any, place: str) -> None:
 )
 @click.option("--threads", type=options.COUNT, default=1, show_default=True, help="Threads of ONNX Runtime.")
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Of the networks to prune: int8 kernels have steps and rates of their own.",
+)
+@click.option(
     "--emit-bundle",
     "bundle",
     metavar="FOLDER",
@@ -75,25 +84,30 @@ def show(device: Any, place: str) -> None:
 @click.option("-f", "--force", is_flag=True, help="Measure again, and replace output files that exist.")
 @options.as_json
 @options.quiet
-def command(*, target: Path | None, threads: int, bundle: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+def command(
+    *, target: Path | None, threads: int, precision: str, bundle: Path | None, force: bool, as_json: bool, quiet: bool
+) -> None:
     """Measure this machine for the prediction of latency.
 
     About thirty tiny networks run in ONNX Runtime for about a second; the constants of the cost model follow from
-    their times. The result is kept in the user's cache directory, for this processor, ONNX Runtime and number of
-    threads, until --force.
+    their times. The result is kept in the user's cache directory, for this processor, ONNX Runtime, number of threads
+    and precision, until --force.
 
     \b
     Examples:
       kfe-fx calibrate
       kfe-fx calibrate -o device.json
+      kfe-fx calibrate --precision int8
       kfe-fx calibrate --emit-bundle probes
 
     The last one writes a folder to copy to a device without PyTorch and kfe-fx. There, `python run_probes.py -o
-    device.json` measures and writes the same kind of file.
+    device.json` measures and writes the same kind of file (--threads and --precision are options there).
     """
     if bundle is not None:
         if target is not None:
             raise UsageError("--emit-bundle measures nothing: leave -o to run_probes.py on the device")
+        if precision != "fp32":
+            raise UsageError("a bundle holds the probes of every precision: give --precision to run_probes.py there")
         emit(bundle, force=force, as_json=as_json, quiet=quiet)
         return
     if target is not None:
@@ -105,7 +119,7 @@ def command(*, target: Path | None, threads: int, bundle: Path | None, force: bo
     with output.progress(quiet=quiet or as_json) as report:
         if report is not None:
             report("measuring this machine")
-        device = this_device(threads, force=force)
+        device = this_device(threads, precision, force=force)
     if target is not None:
         write_device(device, target)
     cached = cache_path(device.fingerprint)

@@ -17,7 +17,8 @@ SCRIPT = "run_probes.py"
 def write_bundle(folder: Path, *, force: bool = False) -> list[Path]:
     """Write the probes as ONNX files and ``run_probes.py``, which needs onnxruntime and numpy only.
 
-    On the device, `python run_probes.py -o device.json` writes what ``read_device`` reads. The manifest comes last.
+    On the device, `python run_probes.py -o device.json` writes what ``read_device`` reads; `--precision int8` measures
+    for int8 networks. The manifest comes last.
 
     Raises:
         BadFile: ``folder`` is no folder, has something in it (without ``force``), or cannot be written.
@@ -26,15 +27,17 @@ def write_bundle(folder: Path, *, force: bool = False) -> list[Path]:
         raise BadFile(f"{folder}: a file is in the way; name a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise BadFile(f"{folder}: not empty; replace the bundle with --force or name another folder")
-    files: dict[str, bytes] = {f"probe-{name}.onnx": payload for name, payload in probe_models().items()}
-    files |= {f"stair-{width}.onnx": payload for width, payload in stair_models().items()}
+    files: dict[str, bytes] = {}
+    models: dict[str, dict[str, dict[str, str]]] = {}
+    for precision in probes.PRECISIONS:
+        start = "" if precision == "fp32" else f"{precision}-"
+        made = {"probes": ("probe", probe_models(precision)), "stairs": ("stair", stair_models(precision))}
+        models[precision] = {}
+        for kind, (word, payloads) in made.items():
+            models[precision][kind] = {str(name): f"{start}{word}-{name}.onnx" for name in payloads}
+            files |= {f"{start}{word}-{name}.onnx": payload for name, payload in payloads.items()}
     files[SCRIPT] = Path(probes.__file__).read_bytes()
-    manifest = {
-        "probes": {name: f"probe-{name}.onnx" for name in probes.PROBES},
-        "stairs": {str(width): f"stair-{width}.onnx" for width in probes.stair_widths()},
-        "built_in": built_in_constants(),
-        "factors": factors(),
-    }
+    manifest = {"models": models, "built_in": built_in_constants(), "factors": factors()}
     files[probes.MANIFEST] = json.dumps(manifest, indent=1).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ _OVERHEADS = ("call", "kernel", "conv_kernel", "recurrent_kernel", "step", "grou
 _MOST = {**dict.fromkeys(_SIZES, 1e12), **dict.fromkeys(_OVERHEADS, 1e9)}
 _MOST_PER_UNIT = 1e5
 _LEAST = 1e-9
+# what some precisions know, and others do without
+_INT8 = ("tap", "requantise", "floats")
+_FREE = ("tap", "requantise", "column", "group")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Device:
             "version": VERSION,
             "fingerprint": self.fingerprint.to_json(),
             "step": self.step,
-            "profile": {**asdict(self.profile), "tail": list(self.profile.tail)},
+            "profile": _profile_json(self.profile),
             "kept": list(self.kept),
             "measured": dict(self.measured),
         }
@@ -85,9 +88,10 @@ def device_of(found: Any) -> Device:
             _number(part, f"measured.ratios.{name}", 0.0, 1e6)
     for name, value in table(measured["nanoseconds"], "measured.nanoseconds").items():
         _number(value, f"measured.nanoseconds.{name}", 0.0, 1e15)
+    found = _fingerprint(content["fingerprint"])
     return Device(
-        _fingerprint(content["fingerprint"]),
-        _profile(content["profile"]),
+        found,
+        _profile(content["profile"], found.precision),
         integer(content["step"], "step", 1, 64),
         tuple(texts(content["kept"], "kept")),
         measured,
@@ -105,9 +109,17 @@ def _fingerprint(found: Any) -> Fingerprint:
     return Fingerprint(**others, flags=flags, threads=integer(content["threads"], f"{where}.threads", 1, 4096))
 
 
-def _profile(found: Any) -> Profile:
-    names = [one.name for one in fields(Profile)]
-    content = record(found, "profile", names)
+def _profile_json(profile: Profile) -> dict[str, Any]:
+    # a profile of float32 is written as before there were others
+    found: dict[str, Any] = {**vars(profile), "tail": list(profile.tail)}
+    if profile.floats is None:
+        return {name: value for name, value in found.items() if name not in _INT8}
+    return {**found, "floats": _profile_json(profile.floats)}
+
+
+def _profile(found: Any, precision: str) -> Profile:
+    names = [one.name for one in fields(Profile) if one.name not in _INT8]
+    content = record(found, "profile", [*names, *(_INT8 if precision == "int8" else ())])
     values: dict[str, Any] = {"name": text(content["name"], "profile.name")[:100]}
     for name in ("block", "granule"):
         values[name] = integer(content[name], f"profile.{name}", 1, 64)
@@ -115,9 +127,12 @@ def _profile(found: Any) -> Profile:
     if len(tail) != 4:
         raise Malformed("profile.tail: four numbers are expected")
     values["tail"] = tuple(_number(part, "profile.tail", 0.1, 10.0) for part in tail)
-    for name in names:
+    if precision == "int8":
+        values["floats"] = _profile(content["floats"], "fp32")
+    for name in content:
         if name not in values:
-            values[name] = _number(content[name], f"profile.{name}", _LEAST, _MOST.get(name, _MOST_PER_UNIT))
+            least = 0.0 if name in _FREE else _LEAST
+            values[name] = _number(content[name], f"profile.{name}", least, _MOST.get(name, _MOST_PER_UNIT))
     return Profile(**values)
 
 

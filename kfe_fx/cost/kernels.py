@@ -57,7 +57,9 @@ class ConvKernel:
         compute = self._blocked(inputs, per_group, outputs, groups)
         if compute is None:
             compute = self._plain(inputs, per_group, outputs, groups)
-        fused = self.positions * outputs * self.activation
+        fused = self.positions * outputs * (self.activation + p.requantise)
+        if self.taps > 1 and inputs >= p.block:  # a part of ``narrow_mac`` where channels are few
+            fused += self.positions * self.taps * p.tap
         return p.conv_kernel + max(compute, weights * p.near_byte) + weights * self.missed * p.miss_byte + fused
 
     def _blocked(self, inputs: int, per_group: int, outputs: int, groups: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Latency predicted for ONNX Runtime on a CPU, float32, batch 1, one thread: the graph as the kernels that will run.
+"""Latency predicted for ONNX Runtime on a CPU, batch 1: the graph as the kernels that will run, as a device times them.
 
 Only ratios count: the caller anchors them on the measured dense latency, and a closed loop corrects what is left.
 """
@@ -97,8 +97,10 @@ class _Kernels:
         # how far the weights of one run are from the core: by all of the dense network, so that terms stay apart
         convolved, others = _weights(model)
         self.missed = max(0.0, 1 - profile.reach / convolved) if convolved else 0.0
-        far = min(1.0, max(0.0, (convolved + others) / profile.cache - 1))
-        self.weight_byte = profile.near_byte + far * (profile.weight_byte - profile.near_byte)
+        self.weight_byte = _weight_byte(profile, convolved + others)
+        # recurrent kernels are those of float32 in an int8 network too
+        self.floats = profile.floats or profile
+        self.float_byte = _weight_byte(self.floats, convolved + others)
 
     def run(self) -> list[Term]:
         self.terms.append(CallKernel("the call itself", self.profile))
@@ -305,7 +307,7 @@ class _Kernels:
 
     def _recurrent(self, node: fx.Node) -> None:
         # the transposes around it are left out: at one sequence they move nothing
-        shape, p, call = self.model.shape, self.profile, Arguments.of(node)
+        shape, p, call = self.model.shape, self.floats, Arguments.of(node)
         inputs, gates = shape(call.weight_ih), shape(call.weight_hh)  # [g H, I], [g H, P]
         value = shape(call.input)
         projection = None if call.weight_hr is None else product_of(shape(call.weight_hr))
@@ -317,7 +319,7 @@ class _Kernels:
         else:
             each, overhead = CELL_FACTORS[call.cell] * p.element, p.step
         positions = product_of(value[:2])
-        self.terms.append(GemmKernel(node.name, p, ONE, positions, inputs[1], inputs[0], self.weight_byte))
+        self.terms.append(GemmKernel(node.name, p, ONE, positions, inputs[1], inputs[0], self.float_byte))
         self.terms.append(
             RecurrentKernel(
                 node.name, p, value[call.time_dim], value[1 - call.time_dim], gates[0], gates[1], hidden, projection,
@@ -357,6 +359,12 @@ def _weights(model: CostModel) -> tuple[int, int]:
             value = model.values[node]
             bytes_of[convolved] += value.numel() * value.element_size()
     return bytes_of[True], bytes_of[False]
+
+
+def _weight_byte(profile: Profile, weights: int) -> float:
+    """Return the time of a byte of weights where all kernels together read as many bytes."""
+    far = min(1.0, max(0.0, weights / profile.cache - 1))
+    return profile.near_byte + far * (profile.weight_byte - profile.near_byte)
 
 
 def _name(node: fx.Node) -> str:

@@ -4,7 +4,7 @@ This is one file, and needs nothing but the standard library, numpy and ONNX Run
 have no more: kfe-fx uses it as ``kfe_fx.cost.probes``, and `kfe-fx calibrate --emit-bundle` copies it, as
 ``run_probes.py``, beside the models that it runs:
 
-    python run_probes.py -o device.json [--threads N]
+    python run_probes.py -o device.json [--threads N] [--precision int8]
 
 All times are nanoseconds. Every model is a chain of equal kernels, so that a call's way in and out counts little.
 """
@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ FORMAT = "kfe-fx device profile"
 VERSION = 1
 PROVIDER = "CPUExecutionProvider"
 OPTIMIZATION = "all"
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 MANIFEST = "probes.json"
 
 DEFAULT_STEP = 16
@@ -108,6 +108,30 @@ PROBES: dict[str, Probe] = {
 }
 
 
+# The kernels that int8 changes. Each chain has one of twice its links beside it: what is between them is kernels alone,
+# without the ways into 8 bits and out of them.
+_INT8_CHAINS: dict[str, Probe] = {
+    "pointwise-32": Probe("conv", (1, 32, *_SIDE), 4, 32, 1),
+    **{
+        name: PROBES[name]
+        for name in (
+            "conv-32", "conv-64", "pointwise", "depthwise", "reorder", "plain", "plain-depthwise", "gemm-64",
+            "gemm-192", "weights-near", "weights-far",
+        )
+    },
+}  # fmt: skip
+INT8_PROBES: dict[str, Probe] = {
+    **{name: PROBES[name] for name in ("conv-call", "conv-calls", "narrow", "narrow-more")},
+    **_INT8_CHAINS,
+    **{f"{name}-long": replace(probe, links=2 * probe.links) for name, probe in _INT8_CHAINS.items()},
+}
+PROBES_OF = {"fp32": PROBES, "int8": INT8_PROBES}
+# Constants of int8 alone, and what they and others are about, relative to the time of a MAC in float32.
+INT8_CONSTANTS = ("tap", "requantise", "floats")
+_INT8_BUILT_IN = {"tap": 60.0, "requantise": 6.0, "gemm_output": 30.0}
+_QUARTER = 4  # weights of one byte: as many again stay near the core, or are read in the same time
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What times depend on: the processor, the runtime, and how it is set up."""
@@ -174,10 +198,10 @@ def _feeds(shape: Sequence[int]) -> dict[str, np.ndarray]:
     return {"x": np.full(tuple(shape), 0.5, dtype=np.float32)}
 
 
-def run_probes(models: Mapping[str, bytes | str], threads: int = 1) -> dict[str, float]:
-    """Return the nanoseconds of a run of each of the ``PROBES``: a lower quantile, by turns in which all take part."""
-    clock = _clock(threads)
-    runs = [(open_session(models[name], threads), _feeds(probe.shape)) for name, probe in PROBES.items()]
+def run_probes(models: Mapping[str, bytes | str], threads: int = 1, precision: str = "fp32") -> dict[str, float]:
+    """Return the nanoseconds of a run of each probe: a lower quantile, by turns in which all take part."""
+    clock, probes = _clock(threads), PROBES_OF[precision]
+    runs = [(open_session(models[name], threads), _feeds(probe.shape)) for name, probe in probes.items()]
     counts = []
     for session, feeds in runs:
         session.run(None, feeds)
@@ -192,7 +216,7 @@ def run_probes(models: Mapping[str, bytes | str], threads: int = 1) -> dict[str,
                 before = clock()
                 session.run(None, feeds)
                 times[index].append(clock() - before)
-    return {name: float(np.percentile(one, _QUANTILE)) for name, one in zip(PROBES, times, strict=True)}
+    return {name: float(np.percentile(one, _QUANTILE)) for name, one in zip(probes, times, strict=True)}
 
 
 def run_stairs(models: Mapping[int, bytes | str], threads: int = 1) -> dict[int, np.ndarray]:
@@ -257,6 +281,33 @@ def fit(
     block = min(step, 16)
     built_in = {**built_in, "block": block, "granule": min(built_in["granule"], block)}
     found = _Fit(times, built_in, factors).run()
+    constants, doubted = _believed(found, built_in)
+    constants["tail"] = _tail(_Fit(times, constants, factors), block)
+    if not all(0.5 < part < 3 for part in constants["tail"]):
+        constants["tail"] = list(built_in["tail"])
+        doubted.append("tail")
+    return constants, doubted
+
+
+def fit_int8(
+    times: Mapping[str, float], floats: Mapping[str, Any], factors: Mapping[str, float], step: int = DEFAULT_STEP
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the constants of int8 kernels that explain ``times`` (nanoseconds by int8 probe), and those not believed.
+
+    ``floats`` are the constants of float32 on the same device, which ``fit`` found: what int8 does not change keeps
+    them. Outside the blocks int8 gathers no columns and pays for no group, and all remainders of blocks cost the same.
+    """
+    block = min(step, 16)
+    own = {name: factor * floats["conv_mac"] for name, factor in _INT8_BUILT_IN.items()}
+    here = {**floats, **own, "block": block, "granule": min(floats["granule"], block)}
+    constants, doubted = _believed(_Int8Fit(times, here, factors).run(), here)
+    constants |= {"column": 0.0, "group": 0.0, "tail": [1.0] * 4, "miss_byte": floats["miss_byte"] / _QUARTER}
+    constants |= {name: floats[name] * _QUARTER for name in _SIZES}
+    return constants, doubted
+
+
+def _believed(found: Mapping[str, float], built_in: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the built-in constants with those found in place where they are plausible, and the names of the others."""
     ratios = {name: value / built_in[name] for name, value in found.items()}
     sound = [ratio for name, ratio in ratios.items() if name not in _SIZES and 1 / _FARTHEST < ratio < _FARTHEST]
     pace = {name: 1.0 if name in _SIZES or not sound else float(np.median(sound)) for name in ratios}
@@ -264,10 +315,6 @@ def fit(
     constants = {**built_in, **found}
     for name in doubted:
         constants[name] = built_in[name] * pace[name]
-    constants["tail"] = _tail(_Fit(times, constants, factors), block)
-    if not all(0.5 < part < 3 for part in constants["tail"]):
-        constants["tail"] = list(built_in["tail"])
-        doubted.append("tail")
     return constants, doubted
 
 
@@ -396,9 +443,59 @@ class _Fit:
             learn("cache", weights[2] / (1 + min(1.0, max(0.0, (byte - near) / (far - near)))))
 
 
+class _Int8Fit(_Fit):
+    """The constants of int8 kernels; ``known`` begins with those of float32 on the same device."""
+
+    def link(self, name: str, *, ends: bool = False) -> float:
+        """Return the time of one kernel without its overhead; of convolutions what goes with their MACs."""
+        del ends  # they cancel
+        known, probe, longer = self.known, INT8_PROBES[name], INT8_PROBES[f"{name}-long"]
+        each = (self.times[f"{name}-long"] - self.times[name]) / (longer.links - probe.links)
+        return each - (self._rest(probe) if probe.kind in ("conv", "depthwise") else known["kernel"])
+
+    def _rest(self, probe: Probe) -> float:
+        """Return what a convolution takes beside its MACs."""
+        known, positions = self.known, probe.elements // probe.width
+        addresses = positions * probe.taps**2 * known["tap"] if probe.taps > 1 else 0.0
+        return known["conv_kernel"] + addresses + probe.elements * known["requantise"]
+
+    def run(self) -> dict[str, float]:
+        known, learn, link = self.known, self.learn, self.link
+        self._convolutions()
+        learn("depthwise_mac", link("depthwise") / _macs("depthwise"))
+        probe = INT8_PROBES["reorder"]
+        between = probe.elements * self.factors["abs"] * known["element"] + 2 * known["kernel"]
+        convolution = self._rest(probe) + _macs("reorder") * known["depthwise_mac"]
+        learn("reorder", (link("reorder") - convolution - between) / (2 * probe.elements))
+        learn("plain_mac", link("plain") / _macs("plain"))
+        learn("plain_depthwise_mac", link("plain-depthwise") / _macs("plain-depthwise"))
+        self._products()
+        return self.found
+
+    def _convolutions(self) -> None:
+        times, known, learn, link = self.times, self.known, self.learn, self.link
+        few, many = INT8_PROBES["conv-call"], INT8_PROBES["conv-calls"]
+        call = (times["conv-calls"] - times["conv-call"]) / (many.links - few.links)
+        # the work of two widths: what goes with the square of the channels, with the channels, and with neither
+        for _ in range(6):
+            back = known["requantise"]
+            learn("conv_kernel", call - _macs("conv-call") * known["pointwise_mac"] - few.elements * back)
+            small, large = INT8_PROBES["pointwise-32"], INT8_PROBES["pointwise"]
+            ratio = _macs("pointwise") / _macs("pointwise-32")
+            lower, upper = link("pointwise-32") + small.elements * back, link("pointwise") + large.elements * back
+            learn("requantise", (ratio * lower - upper) / (ratio * small.elements - large.elements))
+            learn("pointwise_mac", link("pointwise") / _macs("pointwise"))
+        more = link("conv-64") - link("conv-32")
+        learn("conv_mac", more / (_macs("conv-64") - _macs("conv-32")))
+        addresses = INT8_PROBES["conv-32"].elements / INT8_PROBES["conv-32"].width * INT8_PROBES["conv-32"].taps ** 2
+        learn("tap", known["tap"] + (link("conv-32") - _macs("conv-32") * known["conv_mac"]) / addresses)
+        more = times["narrow-more"] - times["narrow"]  # addresses included
+        learn("narrow_mac", more / (_macs("narrow-more") - _macs("narrow")))
+
+
 def _macs(name: str) -> int:
     """Return the multiply-accumulates of one link, as the cost model counts them."""
-    probe = PROBES[name]
+    probe = PROBES.get(name) or INT8_PROBES[name]
     if probe.kind == "gemm":
         return probe.shape[0] * probe.width**2
     inner = 1 if probe.kind in ("depthwise", "reorder") else probe.shape[1]
@@ -420,19 +517,29 @@ def _tail(fitted: _Fit, block: int) -> list[float]:
 
 
 def measure_device(
-    probes: Mapping[str, bytes | str],
-    stairs: Mapping[int, bytes | str],
+    models: Mapping[str, tuple[Mapping[str, bytes | str], Mapping[int, bytes | str]]],
     built_in: Mapping[str, Any],
     factors: Mapping[str, float],
     *,
     threads: int = 1,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Run everything on this machine and return what a device file holds."""
+    """Run everything on this machine and return what a device file holds.
+
+    ``models`` are the probes and the stairs by precision; int8 needs those of fp32 too.
+    """
     started = time.perf_counter()
-    step, probed, ratios = decide(run_stairs(stairs, threads))
-    times = run_probes(probes, threads)
+    step, probed, ratios = decide(run_stairs(models["fp32"][1], threads))
+    times = run_probes(models["fp32"][0], threads)
     profile, kept = fit(times, built_in, factors, step)
+    if precision == "int8":
+        step, probed, ratios = decide(run_stairs(models["int8"][1], threads))
+        quantised = run_probes(models["int8"][0], threads, "int8")
+        floats, inherited = {**profile, "name": "measured"}, kept
+        profile, kept = fit_int8(quantised, profile, factors, step)
+        kept += [name for name in inherited if profile.get(name) == floats[name]]
+        profile["floats"] = floats
+        times |= {f"int8 {name}": value for name, value in quantised.items()}
     measured = {
         "nanoseconds": times,
         "ratios": {name: list(ratio) for name, ratio in ratios.items()},
@@ -455,22 +562,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure this device for kfe-fx; needs onnxruntime and numpy only.")
     parser.add_argument("-o", "--output", default="device.json", help="the file to write (device.json)")
     parser.add_argument("--threads", type=int, default=1, help="threads inside one operation (1)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the networks to prune (fp32)")
     arguments = parser.parse_args()
     if arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
     here = Path(__file__).resolve().parent
     manifest = json.loads((here / MANIFEST).read_text(encoding="utf-8"))
+    models = {
+        precision: (
+            {name: str(here / file) for name, file in files["probes"].items()},
+            {int(width): str(here / file) for width, file in files["stairs"].items()},
+        )
+        for precision, files in manifest["models"].items()
+    }
     found = measure_device(
-        {name: str(here / file) for name, file in manifest["probes"].items()},
-        {int(width): str(here / file) for width, file in manifest["stairs"].items()},
-        manifest["built_in"],
-        manifest["factors"],
-        threads=arguments.threads,
+        models, manifest["built_in"], manifest["factors"], threads=arguments.threads, precision=arguments.precision
     )
     draft = Path(f"{arguments.output}.{os.getpid()}.tmp")
     draft.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, arguments.output)
-    sys.stdout.write(f"wrote {arguments.output}; on the other machine: kfe-fx prune ... --target {arguments.output}\n")
+    option = "" if arguments.precision == "fp32" else f" --precision {arguments.precision}"
+    command = f"kfe-fx prune ... --target {arguments.output}{option}"
+    sys.stdout.write(f"wrote {arguments.output}; on the other machine: {command}\n")
 
 
 if __name__ == "__main__":

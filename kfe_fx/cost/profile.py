@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """Times in nanoseconds, float32, ONNX Runtime on a CPU; ``kfe_fx.cost.probes`` measures them.
+    """Times in nanoseconds, ONNX Runtime on a CPU, float32 or int8; ``kfe_fx.cost.probes`` measures them.
 
     The defaults are of one AVX-512 machine and one thread. Predictions are used as ratios only, so what matters is how
-    these numbers relate to each other.
+    these numbers relate to each other. Weights count as four bytes each, in an int8 network too.
     """
 
     name: str = "built-in"
@@ -56,6 +56,11 @@ class Profile:
     conv_kernel: float = 390.0
     recurrent_kernel: float = 2700.0
     step: float = 160.0
+    # int8 only: the address of a tap of a larger kernel, looked up for every position; an output brought to 8 bits
+    tap: float = 0.0
+    requantise: float = 0.0
+    # int8 only: the constants of what runs in float32 all the same
+    floats: Profile | None = None
 
 
 # Relative to ``Profile.element`` per output element; what is not here counts as 1 per tensor read or written.

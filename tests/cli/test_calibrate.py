@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def calibrate(threads: int, precision: str) -> Device:
         asked.append(threads)
-        return Device(fingerprint(threads, precision), Profile("measured"), 16, ("row", "tail"), MEASURED)
+        int8: dict[str, Any] = {"tap": 1.0, "requantise": 0.1, "floats": Profile("measured")}
+        profile = Profile("measured", **(int8 if precision == "int8" else {}))
+        return Device(fingerprint(threads, precision), profile, 16, ("row", "tail"), MEASURED)
 
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -59,6 +62,18 @@ def test_a_file(calibrations: list[int], capsys: pytest.CaptureFixture[str]):
     assert read_device("device.json").fingerprint.threads == 1
 
 
+def test_a_precision(capsys: pytest.CaptureFixture[str]):
+    assert run(["calibrate", "--precision", "int8", "-o", "int8.json"]) == 0
+    assert read_device("int8.json").fingerprint.precision == "int8"
+    assert str(cache_path(fingerprint(1, "int8"))) in capsys.readouterr().out.replace("\n", " ")
+    assert run(["calibrate", "--precision", "int8"]) == 0
+    shown = capsys.readouterr().out
+    assert "int8, 1 thread" in shown
+    assert "brought to 8 bits" in shown
+    assert run(["calibrate"]) == 0
+    assert "brought to 8 bits" not in capsys.readouterr().out
+
+
 def test_json(capsys: pytest.CaptureFixture[str]):
     assert run(["calibrate", "--json", "-o", "device.json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -87,6 +102,8 @@ def test_a_bundle_measures_nothing(calibrations: list[int], capsys: pytest.Captu
         (["-o", "gone/device.json"], "no such folder"),
         (["-o", "."], "a folder is in the way"),
         (["--emit-bundle", "probes", "-o", "device.json"], "leave -o"),
+        (["--emit-bundle", "probes", "--precision", "int8"], "of every precision"),
+        (["--precision", "int4"], "'int4' is not one of"),
         (["model.pt"], "unexpected extra argument"),
     ],
 )

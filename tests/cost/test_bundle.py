@@ -27,18 +27,22 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_a_bundle_runs_on_its_own(tmp_path: Path):
+@pytest.mark.parametrize("precision", probes.PRECISIONS)
+def test_a_bundle_runs_on_its_own(precision: str, tmp_path: Path):
     files = write_bundle(tmp_path / "bundle")
     assert all(file.is_file() for file in files)
-    assert sum(file.stat().st_size for file in files) < 10e6
+    assert sum(file.stat().st_size for file in files) < 12e6
     out = tmp_path / "device.json"
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "bundle" / SCRIPT), "-o", str(out)]
+    command += [] if precision == "fp32" else ["--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--target" in done.stdout
     device = read_device(out)
     assert device.is_this_machine()
-    assert device.measured["nanoseconds"].keys() == probes.PROBES.keys()
+    assert device.fingerprint.precision == precision
+    assert device.measured["nanoseconds"].keys() >= probes.PROBES.keys()
+    assert ("--precision int8" in done.stdout) == (precision == "int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "device.json"]
 
 

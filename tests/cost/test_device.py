@@ -18,6 +18,10 @@ from kfe_fx.errors import BadFile
 
 MEASURED = {"nanoseconds": {"call": 6000.0}, "ratios": {"48/64": [0.6, 0.5, 0.7]}, "step_probed": True, "seconds": 1.0}
 HERE = Device(fingerprint(), replace(Profile(), name="measured", conv_mac=0.02), 16, ("row",), MEASURED)
+INT8 = replace(
+    HERE, fingerprint=fingerprint(1, "int8"), step=32,
+    profile=replace(HERE.profile, tap=1.0, requantise=0.1, group=0.0, column=0.0, floats=HERE.profile),
+)  # fmt: skip
 ELSEWHERE = replace(
     HERE, fingerprint=replace(fingerprint(), cpu="aarch64 0x41 0xd0b"), profile=replace(Profile(), block=8), step=8
 )
@@ -38,13 +42,13 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def calibrate(threads: int, precision: str) -> Device:
         asked.append(threads)
-        return replace(HERE, fingerprint=fingerprint(threads, precision))
+        return replace(INT8 if precision == "int8" else HERE, fingerprint=fingerprint(threads, precision))
 
     monkeypatch.setattr("kfe_fx.cost.calibrate.calibrate", calibrate)
     return asked
 
 
-@pytest.mark.parametrize("device", [HERE, ELSEWHERE])
+@pytest.mark.parametrize("device", [HERE, INT8, ELSEWHERE])
 def test_round_trip(device: Device, tmp_path: Path):
     write_device(device, tmp_path / "device.json")
     found = read_device(tmp_path / "device.json")
@@ -52,6 +56,28 @@ def test_round_trip(device: Device, tmp_path: Path):
     assert found.measured == device.measured
     assert found.to_json() == device.to_json()
     hash(found)
+
+
+def test_a_profile_of_float32_is_written_as_ever():
+    assert not {"tap", "requantise", "floats"} & HERE.to_json()["profile"].keys()
+
+
+@pytest.mark.parametrize("change", [{"floats": ...}, {"tap": -1.0}, {"floats": {}}, {"requantise": "fast"}])
+def test_an_int8_profile_without_its_constants(change: dict[str, Any], tmp_path: Path):
+    content = INT8.to_json()
+    profile = {name: value for name, value in {**content["profile"], **change}.items() if value is not ...}
+    (tmp_path / "device.json").write_text(json.dumps({**content, "profile": profile}))
+    with pytest.raises(BadFile, match="not a usable device profile"):
+        read_device(tmp_path / "device.json")
+
+
+def test_precisions_are_kept_apart(calibrations: list[int], cache: Path):
+    floats, quantised = this_device(), this_device(1, "int8")
+    assert (floats.fingerprint.precision, quantised.fingerprint.precision) == ("fp32", "int8")
+    forget()
+    assert (this_device(), this_device(1, "int8")) == (floats, quantised)
+    assert calibrations == [1, 1]
+    assert len(list(cache.rglob("*.json"))) == 2
 
 
 def test_which_device_is_this_machine():

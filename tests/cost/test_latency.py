@@ -181,3 +181,13 @@ def test_devices_change_predictions():
 
 def device_with(profile: Profile) -> Device:
     return Device(Fingerprint("cpu", (), "1.0", "all", 1, "fp32", "CPUExecutionProvider"), profile, 16)
+
+
+@pytest.mark.parametrize(("taps", "channels", "looked_up"), [(9, 16, 9), (1, 16, 0), (9, 3, 0)])
+def test_int8_convolutions_look_up_taps_and_bring_outputs_to_8_bits(taps: int, channels: int, looked_up: int):
+    inputs, outputs = Product(channels), Product(32)
+    plain, int8 = (
+        ConvKernel("", profile, 100, taps, inputs, inputs, outputs).cost([])
+        for profile in (Profile(), replace(Profile(), tap=2.0, requantise=0.5))
+    )
+    assert int8 - plain == pytest.approx(100 * 32 * 0.5 + 100 * looked_up * 2.0)

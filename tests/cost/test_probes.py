@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 from kfe_fx.cost.calibrate import built_in_constants, factors
 from kfe_fx.cost.kernels import ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.probe_models import probe_models, stair_models
-from kfe_fx.cost.probes import PROBES, Probe, fingerprint, fit, open_session, run_stairs, stair_widths
+from kfe_fx.cost.probes import (
+    INT8_PROBES,
+    PROBES,
+    Probe,
+    fingerprint,
+    fit,
+    fit_int8,
+    open_session,
+    run_stairs,
+    stair_widths,
+)
 from kfe_fx.cost.profile import CELL_FACTORS, ELEMENT_FACTORS, Profile
 from kfe_fx.cost.widths import ONE, Product
 from kfe_fx.runtime.session import make_session
@@ -109,6 +122,82 @@ def test_a_device_is_recovered_from_its_times(device: Profile):
     assert found.tail == pytest.approx(device.tail, rel=0.01)
     for name in built_in_constants().keys() - {"tail", "block", "granule", "inner"}:
         assert getattr(found, name) == pytest.approx(getattr(device, name), rel=0.03), name
+
+
+INT8 = {
+    "conv_mac": 0.004, "pointwise_mac": 0.005, "narrow_mac": 0.01, "depthwise_mac": 0.02, "plain_mac": 0.006,
+    "plain_depthwise_mac": 0.1, "gemm_mac": 0.003, "gemm_output": 0.4, "near_byte": 0.005, "weight_byte": 0.006,
+    "reorder": 0.2, "conv_kernel": 500.0, "tap": 0.9, "requantise": 0.12,
+}  # fmt: skip
+FROM_FLOATS = ("call", "kernel", "element", "row", "transpose", "recurrent_kernel", "step", "core_byte")
+
+
+@pytest.mark.parametrize("pace", [1.0, 20.0])
+def test_the_int8_kernels_of_a_device_are_recovered(pace: float):
+    floats = {**built_in_constants(), "tail": (1.0, 1.1, 1.02, 0.99)}
+    for name, value in floats.items():
+        if name not in ("tail", "block", "granule", "inner", "cache", "reach"):
+            floats[name] = pace * value
+    device = replace(
+        Profile(), **{**floats, "tail": (1.0,) * 4, "column": 0.0, "group": 0.0},
+    )  # fmt: skip
+    device = replace(device, **{name: pace * value for name, value in INT8.items()})
+    times = {name: int8_time_of(probe, device) for name, probe in INT8_PROBES.items()}
+    found, kept = fit_int8(times, floats, factors(), step=16)
+    assert kept == []
+    for name, value in INT8.items():
+        assert found[name] == pytest.approx(pace * value, rel=0.05), name
+    assert [found[name] for name in FROM_FLOATS] == [floats[name] for name in FROM_FLOATS]
+    assert found["tail"] == [1.0] * 4
+    assert (found["miss_byte"], found["cache"]) == (floats["miss_byte"] / 4, floats["cache"] * 4)  # a byte a weight
+
+
+def int8_time_of(probe: Probe, p: Profile) -> float:
+    """Nanoseconds of an int8 probe: kernels, and the ways into 8 bits and out of them, whatever these are."""
+    out, ways = Product(probe.elements), 3e4
+    if probe.kind == "gemm":
+        name = {256: "weights-near", 512: "weights-far"}.get(probe.width, "")
+        return ways + products_of(probe, p, p.near_byte if name == "weights-near" else p.weight_byte if name else 0.0)
+    if probe.kind == "reorder":
+        return (
+            ways
+            + probe.links / (probe.links - 1) * (reorders("", probe, p, out) - depthwise("", probe, p, out))
+            + (depthwise("", probe, p, out) - 2 * ElementKernel("", p, out, p.reorder).cost([]))
+        )
+    kernel = conv_kernel_of(probe, p)
+    return ways + probe.links * kernel.cost([])
+
+
+def conv_kernel_of(probe: Probe, p: Profile) -> ConvKernel:
+    inputs, width = Product(probe.shape[1]), Product(probe.width)
+    per_group = ONE if probe.kind == "depthwise" else inputs
+    return ConvKernel("", p, probe.shape[2] * probe.shape[3], probe.taps**2, inputs, per_group, width)
+
+
+def products_of(probe: Probe, p: Profile, byte: float) -> float:
+    size = Product(probe.width)
+    return probe.links * GemmKernel("", p, ONE, Product(probe.shape[0]), size, size, byte).cost([])
+
+
+def test_int8_probes_run_in_int8_kernels(tmp_path: Path):
+    models = probe_models("int8")
+    assert models.keys() == INT8_PROBES.keys()
+    runs = {"conv-64": ("QLinearConv", 2), "depthwise-long": ("QLinearConv", 8), "gemm-64": ("QLinearMatMul", 4)}
+    for name, (operator, links) in runs.items():
+        assert kernels_of(models[name], tmp_path).count(operator) == links, name
+    for model in stair_models("int8").values():
+        assert kernels_of(model, tmp_path).count("QLinearConv") == 3
+    for name, model in models.items():
+        assert open_session(model, 1).get_inputs()[0].shape == list(INT8_PROBES[name].shape)
+
+
+def kernels_of(model: bytes, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime runs."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,14 @@ def test_multiplications_of_cells_at_each_step():
 
     made = case(Loop(), torch.randn(2, 3, 6))
     assert made.model.macs() == 3 * (4 * 8 * (6 + 8) + 3 * 5 * (8 + 5) + 4 * (5 + 4))
+
+
+def test_recurrent_kernels_of_an_int8_network_run_in_float32(tagger):
+    faster = replace(Profile(), gemm_mac=1e-4, gemm_output=1e-4, near_byte=1e-5, weight_byte=1e-5)
+    dense = tagger.model.widths.dense
+    floats, int8 = (
+        [(term.owner, term.cost(dense)) for term in RooflineLatency(tagger.model, profile).terms()]
+        for profile in (Profile(), replace(faster, floats=Profile()))
+    )
+    assert [one for one in int8 if "recurrent" in one[0]] == [one for one in floats if "recurrent" in one[0]]
+    assert sum(cost for _, cost in int8) < sum(cost for _, cost in floats)  # the head is a product of int8
