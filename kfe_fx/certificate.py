@@ -80,12 +80,13 @@ class Certificate:
     def _latency_rows(self) -> list[tuple[str, str, str]]:
         latency, told = self.measured.get("latency"), self.predicted
         if told:
-            where = f"latency on {told['device']['cpu']} (predicted, not measured)"
+            kind = _of_precision(told["device"]["precision"])
+            where = f"latency{kind} on {told['device']['cpu']} (predicted, not measured)"
             return [(where, f"{told['dense_ms']:.3f} ms", f"{told['pruned_ms']:.3f} ms")]
         if not latency:
             return []
         low, high = latency["interval"]
-        kind = "" if latency.get("precision", "fp32") == "fp32" else f" in {latency['precision']}"
+        kind = _of_precision(latency.get("precision", "fp32"))
         threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
         provider = latency.get("provider", CPU)
         kind += "" if provider == CPU else f" on {provider}"
@@ -132,6 +133,10 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def _of_precision(precision: str) -> str:
+    return "" if precision == "fp32" else f" in {precision}"
 
 
 def _quality(value: float) -> str:

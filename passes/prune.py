@@ -225,10 +225,11 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
     device = target if isinstance(target, Device) or target is None else read_device(target)
     given["threads"] = _threads(given["threads"], device)
     foreign = device is not None and not device.is_this_machine()
-    if foreign and (given["batch"], given["precision"], given["provider"]) != (1, "fp32", Settings.provider):
-        raise UsageError(
-            "for another device only batch 1 and fp32 are predicted; drop --batch, --precision, --provider"
-        )
+    if device is not None and device.fingerprint.precision != given["precision"]:
+        of = device.fingerprint.precision
+        raise UsageError(f"the profile is of {of}, not {given['precision']}; say --precision {of}, or calibrate anew")
+    if foreign and (given["batch"], given["provider"]) != (1, Settings.provider):
+        raise UsageError("for another device only batch 1 is predicted; drop --batch, --provider")
     data, val = (_fitting(program, given.pop(name), loss, name) for name in ("data", "val"))
     given |= {"keep": tuple(given["keep"]), "features": tuple(given["features"])}
     given["distil"] = given["distil"] or 0.0

@@ -187,7 +187,9 @@ class Rounds:
     @cached_property
     def device(self) -> Device:
         """The device that is pruned for: the one that was given, else this one."""
-        return self.settings.target or Group.current().lead(lambda: this_device(self.settings.threads))
+        return self.settings.target or Group.current().lead(
+            lambda: this_device(self.settings.threads, self.settings.precision)
+        )
 
     @cached_property
     def trial(self) -> Trial:
@@ -586,8 +588,8 @@ class Rounds:
             certificate.notes.append(f"not all of the network ran on {found['provider']}: {where}")
         if settings.measures and settings.precision == "int8":
             certificate.notes.append(
-                "the latency is that of int8 copies of both networks (ranges from drawn inputs), predicted with "
-                "the constants of float32; the ONNX file is float32: quantise it"
+                "the latency is that of int8 copies of both networks (ranges from drawn inputs); the ONNX file is "
+                "float32: quantise it"
             )
 
     def _changed(self) -> bool:

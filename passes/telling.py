@@ -73,7 +73,10 @@ def tell_prediction(certificate: Certificate, device: Device, dense: float, prun
         "predictor": {"name": name},
     }
     note = f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"
-    certificate.notes += [note] if note not in certificate.notes else []
+    notes = [note]
+    if device.fingerprint.precision == "int8":
+        notes.append("the latency is that of an int8 copy; the ONNX file is float32: quantise it")
+    certificate.notes += [note for note in notes if note not in certificate.notes]
 
 
 def tell_step(certificate: Certificate, device: Device, settings: Settings) -> None:

@@ -315,7 +315,6 @@ def test_a_provider_that_is_not_installed() -> None:
         cut(0.5, provider="NoSuchProvider")
 
 
-@pytest.mark.skipif("AzureExecutionProvider" not in ort.get_available_providers(), reason="needs a provider that idles")
 def test_what_a_provider_leaves_to_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = cut(0.8, provider="azure", depth=False).certificate
     latency = certificate.measured["latency"]
@@ -331,6 +330,43 @@ def test_what_a_provider_leaves_to_the_cpu_is_told(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stopwatch, "profile", full)
     assert "kernels_on" not in cut(0.8, provider="azure", depth=False).certificate.measured["latency"]
+
+
+def test_int8_is_selected_in_the_steps_of_int8_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def here(threads: int, precision: str) -> Device:
+        asked.append(precision)
+        made = device()
+        floats = None if precision == "fp32" else made.profile
+        profile = replace(made.profile, floats=floats)
+        return replace(made, fingerprint=fingerprint(threads, precision), profile=profile, step=8 if floats else 1)
+
+    monkeypatch.setattr("kfe_fx.passes.rounds.this_device", here)
+    certificate = cut(0.8, precision="int8", depth=False).certificate
+    assert set(asked) == {"int8"}
+    assert certificate.measured["device"]["step"] == 8
+    assert certificate.measured["device"]["precision"] == "int8"
+    assert not any("constants of float32" in note for note in certificate.notes)
+    (front,) = pareto(made(), X, budgets=[0.9], criterion="magnitude", precision="int8", depth=False).points
+    assert front.certificate.measured["device"]["step"] == 8
+    assert set(asked) == {"int8"}
+
+
+def test_a_target_of_another_precision(tmp_path: Path) -> None:
+    floats = device(conv_mac=1.0)
+    profile = replace(floats.profile, conv_mac=0.2, floats=floats.profile)
+    quantised = replace(floats, fingerprint=replace(floats.fingerprint, precision="int8"), profile=profile)
+    for target, precision in ((floats, "int8"), (quantised, "fp32")):
+        with pytest.raises(UsageError, match=f"not {precision}; say --precision"):
+            cut(0.6, target=target, precision=precision)
+    write_device(quantised, tmp_path / "int8.json")
+    certificate = cut(0.6, target=tmp_path / "int8.json", precision="int8", depth=False).certificate
+    assert certificate.predicted["device"]["precision"] == "int8"
+    assert any(row[0].startswith("latency in int8 on made up") for row in certificate.table())
+    assert any("quantise it" in note for note in certificate.notes)
+    with pytest.raises(UsageError, match="only batch 1"):
+        cut(0.6, target=quantised, precision="int8", batch=2)
 
 
 def test_int8_says_what_was_measured() -> None:
