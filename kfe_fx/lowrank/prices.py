@@ -38,11 +38,9 @@ class Prices:
         for term in latency.terms() or ():
             if isinstance(term, ConvKernel | GemmKernel):
                 self._terms.setdefault(term.owner, term)
+        self._name = latency.name
         if not self._terms:
-            raise UsageError(
-                f"the cost model {latency.name!r} has no kernels of layers, by which decompositions are priced; "
-                "decompose with the roofline, or not at all"
-            )
+            raise self._unpriced()
         self._images = {
             node.name: _positions(model.values[node.args[0]], len(model.values[node].shape))
             for node in model.graph.nodes
@@ -61,15 +59,26 @@ class Prices:
         """Return the predicted milliseconds of a layer of which ``c`` columns and ``r`` rows stay.
 
         With all of them it is the layer as it stands.
+
+        Raises:
+            UsageError: the predictor has no kernel of the layer.
         """
         steps = layer.steps(c, r)
         total = 0.0
         for node, last in zip(layer.core.nodes["eval"], layer.ops[-1].nodes["eval"], strict=True):
+            if not {node, last} <= self._terms.keys():
+                raise self._unpriced()
             core, end = self._terms[node], self._terms[last]
             for place, (role, inputs, outputs) in enumerate(steps):
                 ends = place == len(steps) - 1
                 total += self._kernel(core, end if ends else None, role, inputs, outputs, node).cost(self._sizes)
         return total / 1e6
+
+    def _unpriced(self) -> UsageError:
+        return UsageError(
+            f"the cost model {self._name!r} has no kernels of layers, by which decompositions are priced; decompose "
+            "with the roofline, or not at all"
+        )
 
     def _kernel(
         self,

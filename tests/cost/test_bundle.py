@@ -31,7 +31,7 @@ runpy.run_path(script, run_name="__main__")
 def test_a_bundle_runs_on_its_own(precision: str, tmp_path: Path):
     files = write_bundle(tmp_path / "bundle")
     assert all(file.is_file() for file in files)
-    assert sum(file.stat().st_size for file in files) < 12e6
+    assert sum(file.stat().st_size for file in files) < 10e6
     out = tmp_path / "device.json"
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "bundle" / SCRIPT), "-o", str(out)]
     command += [] if precision == "fp32" else ["--precision", precision]

@@ -12,11 +12,13 @@ from torch import nn
 import kfe_fx
 from kfe_fx.cost import predictors
 from kfe_fx.cost.count import CostModel
+from kfe_fx.cost.kernels import GemmKernel
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.predictors import names, predictor, register, resolve
 from kfe_fx.cost.profile import Profile
 from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import analyze
+from kfe_fx.lowrank.finding import find_layers
 from kfe_fx.lowrank.prices import Prices
 from kfe_fx.program import Program
 from kfe_fx.training.l0 import parameters_of_units, time_of_units
@@ -92,3 +94,13 @@ def test_decompositions_are_priced_by_kernels(program: Program):
     assert Prices(model, None, Twice).whole_ms == pytest.approx(2 * Prices(model).whole_ms)
     with pytest.raises(UsageError, match="'by-parameters' has no kernels"):
         Prices(model, None, ByParameters)
+
+    class First(RooflineLatency):  # knows one layer of the two
+        def terms(self) -> Any:
+            return [term for term in super().terms() if isinstance(term, GemmKernel)][:1]
+
+    prices = Prices(model, None, First)
+    known, unknown = find_layers(program).layers
+    assert prices.ms(known, known.columns, known.rows) > 0
+    with pytest.raises(UsageError, match="has no kernels"):
+        prices.ms(unknown, unknown.columns, unknown.rows)
