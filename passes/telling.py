@@ -72,8 +72,7 @@ def tell_prediction(certificate: Certificate, device: Device, dense: float, prun
         "device": device.fingerprint.to_json(),
         "predictor": {"name": name},
     }
-    note = f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"
-    notes = [note]
+    notes = [f"the latency is predicted, not measured: {name} makes it of the device profile given by --target"]
     if device.fingerprint.precision == "int8":
         notes.append("the latency is that of an int8 copy; the ONNX file is float32: quantise it")
     certificate.notes += [note for note in notes if note not in certificate.notes]
