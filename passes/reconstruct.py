@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from kfe_fx.errors import UsageError
+from kfe_fx.errors import PlanError, UsageError
+from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.states import narrow_input
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
@@ -40,7 +42,8 @@ class Reconstruct(Pass):
     weights as they are (what ``fold-means`` left) and the ``alternatives``; the one with the least error is taken.
 
     A layer without a bias in front of a batch norm has the constant moved into the running mean. Layers whose weight
-    has several users or is computed, transposed convolutions and recurrent layers stay as they are.
+    has several users or is computed, transposed convolutions and recurrent layers stay as they are, as does a layer
+    whose other dims (positions, or examples with channels folded in) lost units that the plan does not place.
 
     Attributes:
         before: the network before the removal.
@@ -127,9 +130,11 @@ class Reconstruct(Pass):
             for method, found in self.alternatives.items()
             if reader.weight in found
         }
-        pieces = self._pieces(reader, after.line(reader.source), wanted, inputs)
-        if pieces[0][1].shape[-1] != outputs:
-            return {"method": KEPT, "errors": {}}  # the plan does not say which outputs are left
+        read = after.line(reader.source)
+        given = self._left(reader, read, wanted, groups * outputs)
+        if given is None:
+            return {"method": KEPT, "errors": {}}
+        pieces = self._pieces(reader, read, given, inputs)
         choice = choose(now, others, pieces, held, constant=place is not None)
         if choice.taken.method != KEPT:
             weight.copy_(reader.pairing.tensor(choice.taken.weight.to(weight.dtype), tuple(weight.shape)))
@@ -138,17 +143,58 @@ class Reconstruct(Pass):
                 target += (sign * (choice.taken.constant - constant)).reshape(target.shape).to(target.dtype)
         return {"method": choice.taken.method, "errors": choice.errors}
 
+    @cached_property
+    def _removal(self) -> tuple[Analysis, frozenset[int]] | None:
+        """The units of the network before, and those that went; None where the plan cuts across them."""
+        analysis = analyze(self.before, heads=self.plan.heads)
+        try:
+            return analysis, self.plan.units(analysis)
+        except PlanError:
+            return None
+
+    def _left(self, reader: Reader, read: Line, wanted: Line, outputs: int) -> Line | None:
+        """Take of outputs of the network before what stays; None where nothing says what that is."""
+
+        def fit(found: Line) -> bool:
+            return all(reader.fits(data, output, outputs) for data, output in zip(read, found, strict=True))
+
+        own = reader.own(wanted[0].dim())
+        wanted = _narrowed(wanted, own, dict(self.plan.kept.get(reader.weight, [])).get(0))
+        if fit(wanted):
+            return wanted
+        for dim, stay in self._rows_left(reader.node, wanted).items():
+            if dim != own:
+                wanted = _narrowed(wanted, dim, stay)
+        return wanted if fit(wanted) else None
+
+    def _rows_left(self, node: fx.Node, wanted: Line) -> dict[int, Any]:
+        """Return what stays by dim: a layer over tokens has channels among its rows, of which its weight knows nothing.
+
+        The analysis runs at sizes of its own: where channels lie among the examples, it does not tell of all of them.
+        """
+        if self._removal is None:
+            return {}
+        analysis, removed = self._removal
+        layout, kept = analysis.layout(node.name), analysis.kept_of(node, removed)
+        return {
+            dim: stay
+            for dim, stay in enumerate(kept)
+            if stay is not None and all(len(layout[dim][0]) == output.shape[dim] for output in wanted)
+        }
+
     def _pieces(self, reader: Reader, read: Line, wanted: Line, inputs: int) -> Pieces:
-        kept = dict(self.plan.kept.get(reader.weight, [])).get(0)
-        index = None if kept is None else torch.tensor(kept, dtype=torch.int64)
         rows = min(max(ROWS[0], ROWS_PER_INPUT * inputs), ROWS[1])
         generator = torch.Generator().manual_seed(self.seed)
         each = -(-rows // len(read))
-        return [
-            reader.rows(data, reader.outputs(output, index), each, generator)
-            for data, output in zip(read, wanted, strict=True)
-        ]
+        return [reader.rows(data, output, each, generator) for data, output in zip(read, wanted, strict=True)]
 
     def _kept(self, tensor: Tensor, name: str) -> Tensor:
         kept = dict(self.plan.kept.get(name, [])).get(0)
         return tensor if kept is None else tensor[torch.tensor(kept, dtype=torch.int64)]
+
+
+def _narrowed(line: Line, dim: int, kept: Any) -> Line:
+    if kept is None:
+        return line
+    index = torch.as_tensor(kept, dtype=torch.int64)
+    return [value.index_select(dim, index) for value in line]

@@ -49,10 +49,22 @@ class Reader:
         """Whether a constant per output has a place."""
         return self.bias is not None or self.mean is not None
 
-    def outputs(self, value: Tensor, kept: Tensor | None) -> Tensor:
-        """Take the outputs that are kept, along the dim that the weight makes."""
-        dim = -1 if isinstance(self.pairing, Linear) else -1 - len(self.pairing.stride)
-        return value if kept is None else value.index_select(value.dim() + dim, kept)
+    def own(self, rank: int) -> int:
+        """Return the dim of an output of that rank which the weight makes."""
+        return rank - 1 - (0 if isinstance(self.pairing, Linear) else len(self.pairing.stride))
+
+    def fits(self, data: Tensor, output: Tensor, outputs: int) -> bool:
+        """Tell whether an output has so many features, and a row for each one that is read of ``data``."""
+        rule = self.pairing
+        own, shape = self.own(data.dim()), list(data.shape)
+        shape[own] = outputs
+        if not isinstance(rule, Linear):
+            sides = zip(data.shape[own + 1 :], rule.padding, rule.dilation, rule.kernel, rule.stride, strict=True)
+            shape[own + 1 :] = [
+                (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
+                for size, padding, dilation, kernel, stride in sides
+            ]
+        return shape == list(output.shape)
 
     def rows(self, data: Tensor, output: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Gather what is read and what is given at positions drawn at random.

@@ -140,3 +140,33 @@ def test_one_example_is_too_few():
     program, x = setting()
     with pytest.raises(UsageError, match="only one"):
         Reconstruct(program, Plan(), x[:1]).run(program)
+
+
+class Mixing(nn.Module):
+    """A layer over positions, whose rows are channels, and a convolution with the channels among the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.time, self.head = nn.Linear(3, 8), nn.Linear(6, 6), nn.Linear(8, 2)
+        self.each = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.time(self.up(x).relu().transpose(1, 2))
+        y = self.each(y.reshape(-1, 1, 6)).reshape(-1, y.shape[1], 6)
+        return self.head(y.transpose(1, 2).relu())
+
+
+@pytest.mark.parametrize("count", [96, 4096])  # all rows, and some of them at random
+def test_rows_that_hold_channels_are_compared_with_their_own(count: int):
+    torch.manual_seed(5)
+    program = capture(Mixing().double().eval(), torch.randn(2, 6, 3).double())
+    x = torch.randn(count, 6, 3).double()
+    plan = plan_of(program, "up", 3)
+    small = Shrink(plan).run(program).program
+    result = Reconstruct(program, plan, x, limit=count).run(small)
+    layers = result.facts["layers"]
+    assert layers["time"]["method"] == "kept"  # a channel's row does not read another one's: nothing is to be mended
+    assert layers["time"]["errors"]["kept"] < 1e-20
+    assert layers["each"] == {"method": "kept", "errors": {}}
+    assert layers["head"]["method"] == "least-squares"
+    assert error(program, result.program, x) < error(program, small, x)
