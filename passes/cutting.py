@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,13 +28,14 @@ from kfe_fx.passes.shallow import Shallow
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
-from kfe_fx.repair.fit import GAIN
+from kfe_fx.repair.fit import GAIN, KEPT
 from kfe_fx.repair.obs import INPUTS, OUTPUTS, obs_weights
 from kfe_fx.training.prune_data import PruneData
 
 STATISTICS_EXAMPLES = 2048
 RECONSTRUCTION, QUICK = 1024, 256  # examples that layers are fitted to, for good and in a trial
 SHARES = (1.0, 0.25)  # of the motion of rows by Kron-OBS that are tried
+WORSE = 1.05  # of the loss that folded means leave: fits that end above it are not kept
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,11 @@ class Cutter:
             facts = {"folded": result.facts["folded"], "not_folded": result.facts["skipped_at"]}
         except PlanError:  # this round cuts across units of the smaller network: leave its biases alone
             facts = {"folded": 0, "not_folded": ["this round"]}
-        fitted = small
+        fitted, source = small, self._data.training if self._data.training is not None else sample
+
+        def fresh(program: Program) -> Program:
+            return ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(program).program
+
         if fits:
             others = {"obs": obs.inputs} if obs.inputs else {}
             fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=self._settings.seed)
@@ -160,10 +166,26 @@ class Cutter:
             facts["repaired"] = dict(Counter(layer["method"] for layer in layers.values()))
             if quick and fitted is not small:
                 return fitted, facts
-        source = self._data.training if self._data.training is not None else sample
-        fresh = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(fitted).program
-        best = fresh if fitted is small or fresh is fitted else min((fitted, fresh), key=self._loss)
+        best = fresh(small) if fitted is small else self._better(small, fitted, fresh, facts)
         return self._rows_moved(best, obs.rows, facts) if fits else best, facts
+
+    def _better(
+        self, folded: Program, fitted: Program, fresh: Callable[[Program], Program], facts: dict[str, Any]
+    ) -> Program:
+        """Take the fitted layers, with fresh statistics if that helps; or leave them where the loss says so.
+
+        Each layer is fitted to what it gave before, and judged by that alone: only the loss of the whole network tells
+        that the fits together are no repair.
+        """
+        best, plain = fresh(fitted), fresh(folded)
+        if best is not fitted:
+            best = min((fitted, best), key=self._loss)
+        loss, least = self._loss(best), self._loss(plain)
+        if math.isfinite(least) and not loss <= least + (WORSE - 1) * abs(least):
+            facts["repaired"] = {KEPT: sum(facts["repaired"].values())}
+            facts["fits_left"] = {"fitted": loss, "folded": least}
+            return plain
+        return best
 
     def _rows_moved(self, best: Program, rows: dict[str, Tensor], facts: dict[str, Any]) -> Program:
         """Let the rows that stay make good those beside them that went, where the loss says that this helps.

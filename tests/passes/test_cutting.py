@@ -12,7 +12,10 @@ from torch import nn
 import kfe_fx
 from kfe_fx.errors import UsageError
 from kfe_fx.passes import cutting
+from kfe_fx.passes.base import PassResult
 from kfe_fx.passes.prune import PruneResult, prune
+from kfe_fx.passes.reconstruct import Reconstruct
+from kfe_fx.program import Program
 
 X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).double()
 X -= X.mean(0)  # a mean would be folded into the bias behind, and come with the rows once more
@@ -102,3 +105,24 @@ def test_rows_stay_where_the_loss_does_not_fall(monkeypatch: pytest.MonkeyPatch)
     assert "rows_moved" not in entry
     weight = result.module().get_parameter("0.weight").detach()
     assert any(torch.equal(weight[0], row) for row in copy.deepcopy(net()[0].weight).detach())
+
+
+def test_fits_that_are_no_repair_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' own errors choose the fits; the loss of the whole network has the last word."""
+    folded = halved("fisher", repair="mean")
+    good = halved("fisher").certificate.rounds[0]
+    assert "fits_left" not in good
+
+    def wreck(_: Reconstruct, program: Program) -> PassResult:
+        twin = program.copy()
+        with torch.no_grad():
+            twin.tensor("1.weight").mul_(-3)
+        return PassResult(twin, True, {"layers": {"0": {"method": "kept"}, "1": {"method": "least-squares"}}})
+
+    monkeypatch.setattr(Reconstruct, "run", wreck)
+    result = halved("fisher")
+    (entry,) = result.certificate.rounds
+    assert entry["repaired"] == {"kept": 2}
+    assert entry["fits_left"]["fitted"] > 1.05 * entry["fits_left"]["folded"]
+    assert entry["loss"]["repaired"] == pytest.approx(entry["fits_left"]["folded"])
+    torch.testing.assert_close(result.program(X), folded.program(X))
