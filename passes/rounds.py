@@ -526,8 +526,10 @@ class Rounds:
         return self.signals
 
     def _mark(self) -> Mark:
-        told = self.certificate
-        return Mark(self.state, dict(told.quality), copy.deepcopy(told.measured))
+        told, state = self.certificate, self.state
+        if self.settings.stops:  # a round may train this very network before it cuts, or where nothing is to be cut
+            state = replace(state, small=state.small.copy())
+        return Mark(state, dict(told.quality), copy.deepcopy(told.measured))
 
     def _take_back(self, before: Mark, why: str) -> None:
         """Go back to where the last round began; nothing that was told of it stays."""

@@ -236,6 +236,15 @@ def test_a_floor_of_loss_that_no_round_keeps_leaves_the_network(trained: Program
     assert not result.plan.kept
 
 
+@pytest.mark.parametrize("options", [{"schedule": "theis"}, {"keep": ("*",)}])
+def test_a_round_that_is_taken_back_has_trained_nothing(trained: Program, options: dict[str, Any]):
+    """Under theis a round trains before it cuts, and one that finds nothing to cut trains what it began with."""
+    result = run(trained, budget=0.05, rounds=1, stop_at_loss=1e-9, **options)
+    assert not result.certificate.rounds
+    whole = trained.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in result.program.state_dict().items())
+
+
 def test_a_round_that_is_taken_back_leaves_no_figures(trained: Program, monkeypatch: pytest.MonkeyPatch):
     values, floors, times = iter((0.9, 0.8, 0.1, 0.85)), iter(("", "stop-at-loss")), iter((0.5, 0.5))
     monkeypatch.setattr(Rounds, "_evaluate", lambda self, judge, program: next(values))
