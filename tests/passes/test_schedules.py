@@ -236,6 +236,19 @@ def test_a_floor_of_loss_that_no_round_keeps_leaves_the_network(trained: Program
     assert not result.plan.kept
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_of_ones_own_is_told_and_floored_per_example(trained: Program, reduction: str):
+    def mine(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction=reduction)
+
+    named, own = (run(trained, budget=0.3, epochs=0, rounds=1, repair="none", loss=loss) for loss in (None, mine))
+    told, expected = own.certificate.rounds[0]["loss"], named.certificate.rounds[0]["loss"]
+    assert (told["before"], told["removed"]) == pytest.approx((expected["before"], expected["removed"]))
+    floor = cross_entropy(trained, *data(400, 9)) / 2
+    floored = run(trained, budget=0.3, epochs=0, rounds=1, repair="none", loss=mine, stop_at_loss=floor)
+    assert floored.certificate.binding.startswith("stop-at-loss")
+
+
 @pytest.mark.parametrize("options", [{"schedule": "theis"}, {"keep": ("*",)}])
 def test_a_round_that_is_taken_back_has_trained_nothing(trained: Program, options: dict[str, Any]):
     """Under theis a round trains before it cuts, and one that finds nothing to cut trains what it began with."""
