@@ -79,7 +79,13 @@ class Reconstruct(Pass):
         held = max(1, round(HELD_OUT * len(batches)))
         names = program.signature.input_names
         before = Lines(self.before, batches)
-        after = Lines(twin, [[narrow_input(twin, *one) for one in zip(names, each, strict=True)] for each in batches])
+        after = Lines(  # batches come as the network before takes them, which other rounds may have cut
+            twin,
+            [
+                [narrow_input(twin, name, value, self.before) for name, value in zip(names, each, strict=True)]
+                for each in batches
+            ],
+        )
         uses, layers = uses_of(twin), {}
         with torch.no_grad():
             while (node := after.upcoming()) is not None:

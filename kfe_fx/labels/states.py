@@ -127,16 +127,20 @@ def metadata(program: Program) -> dict[str, str]:
     return {"kfe_fx.states": json.dumps(found, sort_keys=True)} if found else {}
 
 
-def narrow_input(program: Program, name: str, value: Any) -> Any:
+def narrow_input(program: Program, name: str, value: Any, before: Program | None = None) -> Any:
     """Cut a state to what the Program takes, if it is as wide as the original's, or as when the cut was permitted.
 
-    Anything else is returned as it is.
+    With ``before``, a Program that this one was cut from, the state is as wide as that one takes it. Anything else is
+    returned as it is.
     """
     held = widths(program).get("inputs", {}).get(name)
     if held is None or not isinstance(value, Tensor) or not value.dim() or value.shape[-1] == len(held["kept"]):
         return value
-    permitted = program.extras.get(PERMISSION, {}).get("inputs", {}).get(name, {})
-    for indices in (range(held["width"]), permitted.get("kept", [])):
+    known = [range(held["width"])] + [
+        record.get("inputs", {}).get(name, {}).get("kept", [])
+        for record in ({} if before is None else widths(before), program.extras.get(PERMISSION, {}))
+    ]
+    for indices in known:
         if value.shape[-1] == len(indices):
             place = {index: at for at, index in enumerate(indices)}
             return value.index_select(-1, torch.tensor([place[k] for k in held["kept"]], device=value.device))

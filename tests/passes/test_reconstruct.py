@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfe_fx.embedding import relative
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
+from kfe_fx.labels.states import permit, widths
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
+from kfe_fx.passes.prune import prune
 from kfe_fx.passes.reconstruct import Reconstruct
 from kfe_fx.passes.shrink import Shrink
 from kfe_fx.plan import Plan
@@ -170,3 +173,35 @@ def test_rows_that_hold_channels_are_compared_with_their_own(count: int):
     assert layers["each"] == {"method": "kept", "errors": {}}
     assert layers["head"]["method"] == "least-squares"
     assert error(program, result.program, x) < error(program, small, x)
+
+
+class Stream(nn.Module):
+    """A recurrent layer whose state comes from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(3, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = self.layer(x, h)
+        return self.head(y[:, -1]), state
+
+
+EXAMPLES = torch.zeros(2, 5, 3).double(), torch.zeros(1, 2, 8).double()
+
+
+def test_states_that_an_earlier_cut_narrowed_are_cut_from_there():
+    torch.manual_seed(6)
+    program = permit(capture(Stream().double().eval(), EXAMPLES), allowed=True)
+    x, h, y = torch.randn(64, 5, 3).double(), torch.randn(1, 64, 8).double(), torch.zeros(64).long()
+    plans = [plan_of(program, analyze(program).groups[0].name, count) for count in (3, 5)]
+    before, small = (Shrink(plan).run(program).program for plan in plans)
+    assert [widths(one)["inputs"]["h"]["kept"] for one in (before, small)] == [[3, 4, 5, 6, 7], [5, 6, 7]]
+    step = Plan(relative(plans[0].kept, plans[1].kept))
+    found = Reconstruct(before, step, ((x, h), y)).run(small)
+    assert found.facts["layers"]["head"]["method"] == "least-squares"
+    result = prune(
+        Stream().double().eval(), EXAMPLES, budget=0.5, metric="macs", rounds=2, epochs=0,
+        data=((x, h.movedim(1, 0)), y), resize_state=True, criterion="magnitude",
+    )  # fmt: skip
+    assert len(result.certificate.rounds) == 2
