@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kfe_fx.labels.examples import ExampleTracker
+from kfe_fx.labels.score_masks import is_score_mask
 from kfe_fx.labels.tracker import Tracker
 
 aten = torch.ops.aten
@@ -118,13 +119,20 @@ _NORMS = {aten.batch_norm.default, aten.instance_norm.default, aten.group_norm.d
 
 
 def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> list[GateSite]:
-    """Move each site past the normalisation that follows it and say which dim counts the examples there."""
+    """Move each site past the normalisation that follows it and say which dim counts the examples there.
+
+    The mask of attention, spread over the heads, is left out: its heads are gated in the values, and a gate would give
+    0 * -inf where it forbids a key.
+    """
     nodes = {node.name: node for node in graph.nodes}
+    masks = _score_masks(examples, nodes, sites)
     found = []
     for site in sites:
         node = nodes[site.node]
         if node.op == "placeholder":
             continue  # a state is gated where it is computed
+        if site.node in masks:
+            continue
         if site.argument is not None:
             rows = examples.layout_of(examples.values[node][1])  # of the last state, [N, units]
             layout = "plain" if rows == (0, "plain") else None
@@ -136,3 +144,12 @@ def gate_sites(graph: fx.Graph, examples: ExampleTracker, sites: list[Site]) -> 
         dim, layout = examples.layout(node)
         found.append(GateSite(node.name, site.dim, site.units, dim, layout))
     return found
+
+
+def _score_masks(examples: ExampleTracker, nodes: dict[str, fx.Node], sites: list[Site]) -> set[str]:
+    """Name the nodes that are masks of attention, where all their units have a gate at another node."""
+    plain = [site for site in sites if nodes[site.node].op != "placeholder" and site.argument is None]
+    masks = {site.node for site in plain if is_score_mask(examples.program, nodes[site.node])}
+    elsewhere = [site.units for site in sites if site.node not in masks]
+    gated = np.concatenate([np.array([-1]), *elsewhere])
+    return {site.node for site in plain if site.node in masks and np.isin(site.units, gated).all()}
