@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfe_fx.certificate import Certificate
-from kfe_fx.criteria.base import Criterion, ScoreContext
+from kfe_fx.criteria.base import Criterion, ScoreContext, normalised_parameters
 from kfe_fx.criteria.loss_models import LossModel
 from kfe_fx.errors import UsageError, VerificationFailed
 from kfe_fx.labels.analysis import Analysis
@@ -95,6 +95,7 @@ class SparseRounds:
     certificate: SparsityCertificate
     progress: Progress
     masks: dict[str, Tensor]
+    finite: bool = field(default=True, init=False)  # the outputs of the network that was given
 
     def describe(self, judge: Metric | None) -> None:
         """Tell what there was before."""
@@ -110,12 +111,21 @@ class SparseRounds:
             "python": platform.python_version(),
         }
         certificate.notes = [*self.program.notes, NO_TIME]
+        if normalised := sorted(normalised_parameters(self.program)):
+            certificate.notes.append(
+                f"{', '.join(normalised)}: weight_norm makes the weights of them, so they stay dense and do not count"
+            )
+        self.finite = _finite_outputs(self.program)
         if judge is not None:
             certificate.quality = {"metric": judge.name}
         self.judge("before", judge)
 
     def prune(self, shares: list[float]) -> None:
-        """Zero weights in rounds, up to each share of all that are ranked."""
+        """Zero weights in rounds, up to each share of all that are ranked.
+
+        Raises:
+            VerificationFailed: the mean loss, finite before, is not finite any more.
+        """
         total, gone = sum(mask.numel() for mask in self.masks.values()), 0
         before = self._mean_loss()
         for number, share in enumerate(shares):
@@ -130,6 +140,11 @@ class SparseRounds:
             self.masks = masks
             apply_masks(self.program, masks)
             after = self._mean_loss()
+            if after is None and before is not None:
+                raise VerificationFailed(
+                    f"at a sparsity of {count / total:.1%} the loss is not finite any more: a layer divides by weights "
+                    "that are all zero, or overflows; --keep it, or ask for less"
+                )
             self.certificate.rounds.append(
                 {
                     "sparsity": count / total,
@@ -176,9 +191,14 @@ class SparseRounds:
         """Count what is left.
 
         Raises:
-            VerificationFailed: a weight that is out is not zero.
+            VerificationFailed: a weight that is out is not zero, or outputs that were finite are not any more.
         """
         certificate = self.certificate
+        if self.finite and not _finite_outputs(self.program):
+            raise VerificationFailed(
+                "with these weights at zero the outputs are not finite any more: a layer divides by weights that are "
+                "all zero, or overflows; --keep it, or ask for less"
+            )
         for name, mask in self.masks.items():
             value = self.program.tensor(name).detach()
             if bool((value[~mask] != 0).any()):
@@ -244,6 +264,13 @@ class SparseRounds:
             "weights": sum(mask.numel() for mask in self.masks.values()),
             "zeros": sum(int((self.program.tensor(name) == 0).sum()) for name in self.masks),
         }
+
+
+def _finite_outputs(program: Program) -> bool:
+    """Tell whether the outputs of the examples are finite, in evaluation mode."""
+    with torch.no_grad():
+        outputs = program.module().run_flat(program.flat_examples(), "eval")
+    return all(bool(torch.isfinite(value).all()) for value in outputs if isinstance(value, Tensor))
 
 
 def mean_loss(program: Program, batches: Batches, loss: Loss | None) -> float:

@@ -176,7 +176,11 @@ def _ranked(context: ScoreContext, keep: Sequence[str]) -> dict[str, Tensor]:
         if not any(matches(alias, glob) for alias in program.names_of(name) for glob in keep)
     }
     if not weights:
-        why = "--keep keeps all of its matrices and filters" if keep else "it has no floating-point matrices or filters"
+        why = (
+            "--keep keeps all of its matrices and filters"
+            if keep
+            else "it has no floating-point matrices or filters but those of weight_norm"
+        )
         raise UnsupportedModel(f"this network has no weights that could be zeroed: {why}")
     return weights
 

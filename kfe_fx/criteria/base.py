@@ -64,9 +64,13 @@ class ScoreContext:
         return cls(program, analysis, batches, resolve_loss(loss, targets), seed)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return what single weights are removed from: every floating-point parameter of at least two dims, by name."""
-        named = self.program.module().named_parameters()
-        return {name: value for name, value in named if value.is_floating_point() and value.dim() > 1}
+        """Return what single weights are removed from: every floating-point parameter of at least two dims, by name.
+
+        What a weight normalisation makes the weights of is left out: with the last entry of a row zero it is 0 / 0.
+        """
+        named, normalised = self.program.module().named_parameters(), normalised_parameters(self.program)
+        wanted = {name: value for name, value in named if value.is_floating_point() and value.dim() > 1}
+        return {name: value for name, value in wanted.items() if name not in normalised}
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """Yield the gradient of each example's loss by each unit's gate, [N, units], batch by batch (a fresh pass).
@@ -253,6 +257,13 @@ def _check_needs(criterion: Criterion, context: ScoreContext) -> None:
             present = need in context.store
         if not present:
             raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")
+
+
+def normalised_parameters(program: Program) -> frozenset[str]:
+    """Name the parameters that ``weight_norm`` computes other weights from: directions and norms."""
+    nodes = program.graphs["eval"].find_nodes(op="call_function", target=torch.ops.aten._weight_norm.default)
+    found = {str(arg.target) for node in nodes for arg in node.all_input_nodes if arg.op == "get_attr"}
+    return frozenset(alias for name in found for alias in program.names_of(name))
 
 
 SUMS = {"kfac": ("A", "G"), "ekfac": ("S",), "diagonal": ("D",)}  # of a block, by statistic

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import kfe_fx
 from kfe_fx.cli.options import WEIGHT_CRITERIA
 from kfe_fx.criteria import Criterion, ScoreContext, resolve
-from kfe_fx.errors import BadData, BadFile, UnsupportedModel, UsageError
+from kfe_fx.errors import BadData, BadFile, UnsupportedModel, UsageError, VerificationFailed
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
 from kfe_fx.passes.sparse_rounds import NO_TIME, mean_loss
@@ -190,6 +190,39 @@ def test_kept_layers_stay_dense_and_do_not_count():
     assert zeros(result) == round(0.5 * 84)
     assert bool((result.program.tensor("head.weight") != 0).all())
     assert bool((result.program.tensor("one.weight") != 0).all())
+
+
+def test_what_weight_norm_makes_weights_of_stays_dense():
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(norm(nn.Linear(4, 12)), nn.ReLU(), norm(nn.Linear(12, 12)), nn.ReLU(), nn.Linear(12, 3)).eval()
+    x = torch.randn(24, 4)
+    result = sparsify(net, x[:2], sparsity=0.9, data=(x, torch.arange(24) % 3), epochs=0)
+    assert set(result.masks) == {"4.weight"}
+    assert bool(torch.isfinite(result.module()(x)).all())
+    assert any("0.parametrizations.weight.original1" in note for note in result.certificate.notes)
+    with pytest.raises(UnsupportedModel, match="weight_norm"):
+        sparsify(net[:1], x[:2], sparsity=0.5)
+
+
+class ByItsNorm(nn.Module):
+    """Divides a weight by the norm of its rows, which is zero once all of a row is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(12, 4)), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).t()))
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_outputs_that_become_nan_are_refused(targets: bool):
+    torch.manual_seed(0)
+    x = torch.randn(24, 4)
+    data = (x, torch.arange(24) % 3) if targets else None
+    with pytest.raises(VerificationFailed, match="not finite any more"):
+        sparsify(ByItsNorm(), x[:2], sparsity=0.95, data=data, epochs=0, keep=("head",))
 
 
 def test_a_layer_without_weights_is_told():
