@@ -119,7 +119,7 @@ class Preconditioned(torch.optim.Optimizer):
         self._ends = sorted({block.bias or block.weight for block in self.blocks})
         self._collector.attach()
 
-    def sample(self, outputs: Any, loss: str | None = None) -> None:
+    def sample(self, outputs: Any, loss: str | None = None, targets: Any = None) -> None:
         """Observe a backward pass with labels drawn from the network's own distribution, for the source "sampled".
 
         Call it between the forward pass and ``loss.backward()``. ``p.grad`` stays as it is, and no weight's gradient is
@@ -129,6 +129,8 @@ class Preconditioned(torch.optim.Optimizer):
             outputs: what the forward pass returned.
             loss: what the loss is the negative log-likelihood of: "cross-entropy", "mse" (the mean over elements),
                 "gaussian" (half the sum of squares), or None: cross-entropy for scores [N, C, ...], else gaussian.
+            targets: class targets of the batch, where there are any: their shape alone is looked at, which says where
+                scores of more than two dims have their classes.
 
         Raises:
             UsageError: the optimizer's source is another.
@@ -142,7 +144,7 @@ class Preconditioned(torch.optim.Optimizer):
         likelihood = Likelihood(None if gaussian else resolve_loss(loss, None), self.seed * 1_000_003 + self._drawn)
         likelihood.family = GAUSSIAN if gaussian else likelihood.family
         self._drawn += 1
-        total = likelihood.total(outputs, Batch(list(run.inputs.values()), None, run.examples))
+        total = likelihood.total(outputs, Batch(list(run.inputs.values()), targets, run.examples))
         ends = [self.program.tensor(name) for name in self._ends]
         self._collector.enabled = True
         try:

@@ -1,8 +1,9 @@
 """The distribution of labels that a network's outputs stand for: drawn from, or taken whole.
 
 Scores [N, C, ...] with C > 1 are logits of a softmax (or already its probabilities); anything else is the mean of a
-Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last. A loss by name ("cross-entropy",
-"mse") decides instead, and brings its scale: the loss of an example is the mean over its positions or elements.
+Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last; where there are class targets, their
+shape says which dim the classes are, as it does for the loss. A loss by name ("cross-entropy", "mse") decides instead,
+and brings its scale: the loss of an example is the mean over its positions or elements.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.training.batches import Batch
-from kfe_fx.training.losses import Loss, main_output
+from kfe_fx.training.losses import Loss, class_scores, main_output
 
 CATEGORICAL, GAUSSIAN = "categorical", "Gaussian"
 MAX_COLUMNS = 1024
@@ -30,6 +31,7 @@ class Likelihood:
         self.loss = loss
         self.generator = torch.Generator().manual_seed(seed)
         self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.name, "") if loss is not None else ""
+        self.classes_last: bool | None = None  # as the targets of a batch said; batches without any go by it
 
     def total(self, outputs: object, batch: Batch) -> Tensor:
         """Return the sum over examples of -log p(y | x) with y drawn from p( . | x).
@@ -108,11 +110,27 @@ class Likelihood:
         return values
 
     def _scores(self, values: Tensor, batch: Batch) -> Tensor:
-        tokens = any(
-            isinstance(v, Tensor) and not v.is_floating_point() and v.shape == values.shape[:2] for v in batch.inputs
-        )
-        scores = values if values.dim() > 2 and tokens else values.movedim(1, -1)
+        told = _classes_last(values, batch.targets)
+        self.classes_last = self.classes_last if told is None else told
+        last = _are_tokens(values, batch) if self.classes_last is None else self.classes_last
+        scores = values if last else values.movedim(1, -1)
         return scores.reshape(-1, scores.shape[-1])  # [N * positions, C]
+
+
+def _classes_last(values: Tensor, targets: object) -> bool | None:
+    """Tell whether class targets have the shape of scores [N, ..., C]; None where they tell nothing."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    try:
+        logits, _ = class_scores(values, targets)
+    except BadData:
+        return None  # a loss of the user's own takes them
+    return values.dim() > 2 and logits is not values
+
+
+def _are_tokens(values: Tensor, batch: Batch) -> bool:
+    whole = [v for v in batch.inputs if isinstance(v, Tensor) and not v.is_floating_point()]
+    return values.dim() > 2 and any(v.shape == values.shape[:2] for v in whole)
 
 
 def _normalised(scores: Tensor) -> bool:

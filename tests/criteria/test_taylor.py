@@ -227,3 +227,36 @@ def test_token_scores_have_their_classes_last():
     assert float(Likelihood(None, 0).total(logits, Batch([torch.zeros(2, 5)], None, 2)).detach()) == pytest.approx(
         2 * np.log(3)
     )
+
+
+class Tagger(nn.Module):
+    """Scores of four classes at each of seven positions of floats, with the classes last or in dim 1."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last, self.a, self.b = last, nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.b(torch.relu(self.a(x)))
+        return y if self.last else y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("criterion", ["qm", "kfe", "kron-obd"])
+def test_targets_say_where_the_classes_are(criterion: str):
+    x, targets = torch.randn(16, 7, 5), torch.randint(4, (16, 7))
+    found = []
+    for last in (True, False):
+        torch.manual_seed(1)
+        program = capture(Tagger(last), x[:2])
+        found.append(score(criterion, ScoreContext.of(program, analyze(program), (x, targets))))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-7)
+
+
+def test_batches_without_targets_go_by_those_that_had_some():
+    from kfe_fx.training import Batch
+    from kfe_fx.training.likelihood import Likelihood
+
+    logits, x = torch.zeros(2, 3, 7, dtype=torch.float64), torch.zeros(2, 3, 5)
+    likelihood = Likelihood(None, 0)
+    for targets in (torch.zeros(2, 3, dtype=torch.int64), None):
+        assert float(likelihood.total(logits, Batch([x], targets, 2))) == pytest.approx(2 * np.log(7))

@@ -272,6 +272,21 @@ def test_sampling_leaves_the_gradients_alone_and_sees_the_fisher_of_the_model() 
         assert float(optimizer.block_state(block)["S"].sum()) == pytest.approx(float(trace.sum()), rel=0.05)
 
 
+def test_sampling_takes_the_classes_where_the_targets_have_them() -> None:
+    found = []
+    for targets in (torch.zeros(8, 3, dtype=torch.int64), None):
+        torch.manual_seed(0)
+        program = kfe_fx.capture(torch.nn.Linear(5, 1).double(), torch.randn(2, 3, 5, dtype=torch.float64))
+        optimizer = EKFAC(program, source="sampled", fallback_lr=0.0)
+        outputs = program.module()(torch.randn(8, 3, 5, dtype=torch.float64))
+        optimizer.sample(outputs, "cross-entropy", targets)
+        outputs.sum().backward()
+        optimizer.step()
+        found.append(float(optimizer.block_state(optimizer.blocks[0])["S"].abs().sum()))
+    assert found[0] == 0.0  # one class alone is certain
+    assert found[1] > 1e-6  # over the positions there is a choice
+
+
 def test_sampling_needs_its_source() -> None:
     program = classifier()
     with pytest.raises(UsageError, match="source='sampled'"):
