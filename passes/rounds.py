@@ -41,6 +41,7 @@ from kfe_fx.passes.telling import (
     tell_counts,
     tell_limits,
     tell_losses,
+    tell_negative,
     tell_prediction,
     tell_step,
 )
@@ -56,6 +57,7 @@ from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
 
 FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
+BEYOND = 0.05  # a round may be this much past its budget by whole units and steps of widths alone
 NO_FASTER = "nothing that can be removed makes the network faster"
 TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
 
@@ -168,6 +170,7 @@ class Rounds:
         if "latency" in self.ratios and self._asks():
             tell_step(self.certificate, self.device, self.settings)
         tell_limits(self.certificate, self.settings, self.ratios)
+        tell_negative(self.certificate)
         tell_losses(self.certificate)
         if self._asks() and self.data.calibration is not None:
             self.progress("measuring the Fisher-Rao norm", None)
@@ -375,6 +378,14 @@ class Rounds:
         # a plan that is no faster is none; what other budgets demand goes all the same, and no more
         return None if alone else self._select(scores, {**ratios, "latency": 1.0}, ())
 
+    def _unasked(self, selection: Selection, scores: np.ndarray | None, ratios: dict[str, float]) -> int:
+        """Count the units of a selection past the budget that go because their scores are negative."""
+        metric = self.settings.metric
+        if scores is None or metric == "widths" or selection.predicted >= ratios[metric] * (1 - BEYOND):
+            return 0
+        fresh = np.array(sorted(selection.removed - self.state.removed), dtype=np.int64)
+        return int((np.isfinite(scores[fresh]) & (scores[fresh] < 0)).sum())
+
     # one surgery -----------------------------------------------------------------------------------------------------
 
     def _surgery(self, selection: Selection, scores: np.ndarray | None, ratios: dict[str, float]) -> None:
@@ -389,6 +400,7 @@ class Rounds:
             "removed": len(selection.removed) - len(before.removed),
             **({"dropped": list(selection.dropped)} if selection.dropped else {}),
             **({} if selection.step is None else {"step": selection.step}),
+            **({"negative": wanted} if (wanted := self._unasked(selection, scores, ratios)) else {}),
             "masked_error": error,
             "predicted_loss": selection.loss,
             **cut.facts,

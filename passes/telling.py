@@ -88,6 +88,17 @@ def tell_step(certificate: Certificate, device: Device, settings: Settings) -> N
         )
 
 
+def tell_negative(certificate: Certificate) -> None:
+    """Tell of units that go past the budget because the criterion says that the loss falls without them."""
+    count = sum(entry.get("negative", 0) for entry in certificate.rounds)
+    name = certificate.data.get("criterion", certificate.criterion)
+    if count:
+        certificate.notes.append(
+            f"{count} of the units removed have negative scores: to the criterion {name!r} the loss "
+            "falls without them, so they go though the budget does not ask for it"
+        )
+
+
 def tell_limits(certificate: Certificate, settings: Settings, ratios: dict[str, float]) -> None:
     """Tell every limit beside what was reached; of one budget alone, and of the first of several, as the budget."""
     certificate.limits = [_told(certificate, limit, ratios[limit.metric]) for limit in settings.limits]

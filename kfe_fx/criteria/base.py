@@ -139,6 +139,10 @@ class ScoreContext:
 class Criterion(ABC):
     """A way to score units: the larger the score, the more is lost with the unit.
 
+    Zero means that nothing is lost with a unit, and a negative score that the loss falls without it: such units go
+    even where the budget does not ask for it, which the certificate notes. A measure that only ranks (a logarithm, a
+    centred one) is to be shifted to be nowhere negative.
+
     ``needs`` names what the context must have: "data", "targets", "curvature" (data will do, see
     ``ScoreContext.curvature``), or entries of ``store``. A criterion never changes the Program, gives the same scores
     for the same context, and finite ones.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfe_fx
+from kfe_fx.criteria import Criterion, ScoreContext, resolve
 from kfe_fx.errors import UnsupportedModel, UsageError, VerificationFailed
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels import registry
@@ -127,6 +128,31 @@ def test_magnitude_keeps_the_largest(half: PruneResult) -> None:
     assert dim == 0
     strongest = norms.argsort(descending=True)[: len(kept)].tolist()
     assert len({*strongest} & {*kept}) >= len(kept) - 1  # normalisations differ in the last place
+
+
+class Shifted(Criterion):
+    """Ranks as magnitude does, but below zero."""
+
+    name = "shifted"
+    by = 1e6
+
+    def score(self, context: ScoreContext) -> Any:
+        return resolve("magnitude").score(context) - self.by
+
+
+class NotShifted(Shifted):
+    name, by = "not-shifted", 0.0
+
+
+def test_units_that_go_past_the_budget_for_negative_scores_are_noted() -> None:
+    past, asked = (prune(made(), X, budget=0.5, metric="macs", criterion=one) for one in (Shifted, NotShifted))
+    assert past.certificate.reached < 0.2 < asked.certificate.reached
+    count = past.certificate.rounds[0]["negative"]
+    assert count == past.certificate.rounds[0]["removed"]
+    (note,) = [note for note in past.certificate.notes if "negative" in note]
+    assert note.startswith(f"{count} of the units removed have negative scores: to the criterion 'shifted' the loss")
+    assert not [note for note in asked.certificate.notes if "negative" in note]
+    assert "negative" not in asked.certificate.rounds[0]
 
 
 def test_the_certificate_holds_the_proof(half: PruneResult) -> None:
