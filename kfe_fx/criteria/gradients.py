@@ -18,7 +18,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, settle
+from kfe_fx.training.losses import Loss, cut, separable, settle
 
 DATA_FREE_EXAMPLES = 256
 Rows = TypeVar("Rows")
@@ -44,6 +44,7 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
 
     Raises:
         BadData: a loss without targets to take it on, or gradients that are not finite.
+        UsageError: a loss that mixes the examples of a batch.
     """
     pass_ = _Pass(source)
     yield from pass_.each(pass_.gradients)
@@ -61,6 +62,7 @@ def gate_curvatures(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
 
     Raises:
         BadData: a loss without targets to take it on, or derivatives that are not finite.
+        UsageError: a loss that mixes the examples of a batch.
     """
     pass_ = _Pass(source)
     yield from pass_.each(pass_.curvatures)
@@ -102,6 +104,7 @@ class _Pass:
     def __init__(self, source: Source) -> None:
         self.source, self.facts, self.loss = source, source.facts, source.loss
         self.module = gated(source.program, source.analysis)
+        self.checked = False  # whether the loss is one of each example alone
         self.likelihood = Likelihood(source.loss, source.seed)
 
     def each(self, work: Callable[[Batch], Rows]) -> Iterator[Rows]:
@@ -188,6 +191,9 @@ class _Pass:
         if batch.targets is None or self.loss is None:
             return self.likelihood.total(outputs, batch)
         self.loss = settle(self.loss, outputs, batch.targets, batch.count)
+        if self.module.per_example and batch.count > 1 and not self.checked:
+            separable(self.loss, outputs, batch.targets, batch.count)
+            self.checked = True
         return self.loss.total(outputs, batch.targets, batch.count)
 
     def _back(self, values: Tensor, column: Tensor | None, gates: list[Tensor], *, last: bool = False) -> Tensor:

@@ -65,6 +65,15 @@ def test_a_loss_without_a_meaning_per_example_is_refused():
         )
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "qm", "kfe"])
+def test_a_loss_that_mixes_examples_is_refused(criterion: str):
+    def mixed(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ((outputs - outputs.mean(0)) ** 2).mean()  # the same on a batch twice over, as a mean is
+
+    with pytest.raises(UsageError, match="mixes the examples"):
+        score(criterion, context_of("outer", mixed))
+
+
 def test_targets_that_do_not_fit_are_refused():
     with pytest.raises(BadData, match="do not fit the output"):
         score("fisher", context_of("outer", targets=torch.zeros(3, 7, dtype=torch.int64)))
