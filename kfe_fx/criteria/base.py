@@ -232,9 +232,10 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
     program.eval()
     context.changes = None
     try:
-        scores = np.asarray(criterion.score(context), dtype=np.float64)
+        returned = criterion.score(context)
     finally:
         program.train(training)
+    scores = _numbers(criterion.name, returned)
     if scores.shape != (len(context.analysis.units),):
         wanted = len(context.analysis.units)
         raise UsageError(f"the criterion {criterion.name!r} returned {list(scores.shape)} scores for {wanted} units")
@@ -247,6 +248,27 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
     elif context.changes is None:
         context.changes = scores
     return scores
+
+
+def _numbers(name: str, returned: Any) -> np.ndarray:
+    """Return what a criterion returned as float64.
+
+    Raises:
+        UsageError: it is no array of real numbers.
+    """
+    if isinstance(returned, torch.Tensor):
+        returned = returned.detach().cpu()
+        returned = returned.double() if returned.is_floating_point() else returned  # numpy has no bfloat16
+    try:
+        array = np.asarray(returned)
+        found = array.astype(np.float64) if array.dtype.kind in "biufO" else None
+    except (TypeError, ValueError):
+        found = None
+    if found is None:
+        raise UsageError(
+            f"the criterion {name!r} returned a {type(returned).__name__} that is no array of real numbers"
+        )
+    return found
 
 
 def _check_needs(criterion: Criterion, context: ScoreContext) -> None:

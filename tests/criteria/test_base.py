@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from kfe_fx.criteria import Criterion, ScoreContext, base, names, register, resolve, score
 from kfe_fx.errors import UsageError
@@ -55,3 +56,16 @@ def test_scores_of_the_wrong_number_or_not_finite_are_refused():
         score(type("Nan", (Constant,), {"value": float("nan")}), context)
     with pytest.raises(UsageError, match=r"returned \[2\] scores for 6 units"):
         score(type("Short", (Constant,), {"score": lambda self, context: np.zeros(2)}), context)
+
+
+@pytest.mark.parametrize("returned", [["high"] * 6, ["1"] * 6, [1j] * 6, [[1.0], [1.0, 2.0]], [object()] * 6, {"a": 1}])
+def test_what_is_no_array_of_numbers_is_refused(returned: object):
+    with pytest.raises(UsageError, match="no array of real numbers"):
+        score(type("Odd", (Constant,), {"score": lambda self, context: returned}), context_without_data())
+
+
+def test_a_tensor_that_requires_gradients_is_its_values():
+    for dtype in (torch.float32, torch.bfloat16):
+        given = torch.ones(6, dtype=dtype, requires_grad=True)
+        found = score(type("Live", (Constant,), {"score": lambda self, context, v=given: v}), context_without_data())
+        assert found.tolist() == [1.0] * 6
