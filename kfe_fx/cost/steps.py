@@ -20,6 +20,8 @@ from kfe_fx.recurrent.op import RECURRENT, Arguments
 if TYPE_CHECKING:
     from kfe_fx.labels.analysis import Analysis
 
+LARGEST_SCORE = 1e200  # sums of scores, and their products with costs, are finite
+
 
 @dataclass(frozen=True)
 class Track:
@@ -42,13 +44,17 @@ def check_scores(analysis: Analysis, scores: Any) -> np.ndarray:
     """Return scores as float64, one per unit; infinity means never.
 
     Raises:
-        UsageError: not one number per unit, or NaN among them.
+        UsageError: not one number per unit, NaN among them, or numbers too large to add up.
     """
     array = np.asarray(scores, dtype=np.float64)
     if array.shape != (len(analysis.units),):
         raise UsageError(f"one score per unit is needed: {len(analysis.units)} units, scores of shape {array.shape}")
     if np.isnan(array).any():
         raise UsageError(f"the score of unit {int(np.isnan(array).argmax())} is NaN; see to the data or the criterion")
+    large = np.isfinite(array) & (np.abs(array) > LARGEST_SCORE)
+    if large.any():
+        unit = int(large.argmax())
+        raise UsageError(f"the score of unit {unit} is {array[unit]:g}, too large to add up; scale the scores down")
     return array
 
 

@@ -191,6 +191,10 @@ def test_scores_that_mean_nothing():
     bad[3] = np.nan
     with pytest.raises(UsageError, match="score of unit 3 is NaN"):
         select_budget(made.model, bad, made.model.mac_cost, 0.5)
+    for value in (1e308, -1e308):
+        bad[:] = value
+        with pytest.raises(UsageError, match="too large to add up"):
+            select_budget(made.model, bad, made.model.mac_cost, 0.5)
 
 
 class TwoBranches(nn.Module):
