@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfe_fx.cost.budget import Limit
+from kfe_fx.data.dataset import check_seed
 from kfe_fx.errors import UsageError
 from kfe_fx.runtime.quantise import PRECISIONS
 
@@ -36,6 +37,7 @@ def check_options(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
         value = given[name]
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}")
+    check_seed(given["seed"])
     _number(given, "lr", above=True)
     _number(given, "temperature", above=True)
     for name in ("penalty", "ewc"):

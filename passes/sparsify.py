@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfe_fx.cost.steps import matches
 from kfe_fx.criteria.base import Criterion, ScoreContext, names, resolve
-from kfe_fx.data.dataset import ArrayData
+from kfe_fx.data.dataset import ArrayData, check_seed
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.frontend.capture import capture
@@ -132,6 +132,7 @@ def sparsify(
         BadData: the data does not fit the network, or derivatives of the loss are not finite.
     """
     _check(sparsity, rounds, schedule, penalty, epochs, lr, batch_size, optimizer)
+    check_seed(seed)
     chosen = _resolve(criterion)
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program.copy().eval()
     examples, held = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from kfe_fx.errors import BadData, UsageError
+
+MOST_SEED = 2**40  # a generator takes 64 bits, and passes draw from a million times the seed
 
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]
 Redraw = Callable[[int], "ArrayData"]
@@ -134,11 +137,12 @@ class ArrayData:
             The two parts, each in the original order; their names say the share and the seed.
 
         Raises:
-            UsageError: fraction is not between 0 and 1.
+            UsageError: fraction is not between 0 and 1, or a seed that is none.
             BadData: there are fewer than two examples.
         """
         if not 0.0 < fraction < 1.0:
             raise UsageError(f"the share of validation examples is {fraction:g}; take one between 0 and 1")
+        check_seed(seed)
         total = len(self)
         if total < 2:
             raise BadData(f"{self.name}: one example cannot be split into training and validation; give more")
@@ -178,6 +182,16 @@ def _index(inputs: Inputs, rows: Tensor | slice) -> Inputs:
 
 def _taken(redraw: Redraw, indices: Tensor | slice, name: str, side: int) -> ArrayData:
     return redraw(side).take(indices, name)
+
+
+def check_seed(seed: object) -> None:
+    """Check that everything that is drawn can be drawn from a seed, and from its multiples.
+
+    Raises:
+        UsageError: it is no whole number from 0 to 2^40.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) <= MOST_SEED:
+        raise UsageError(f"seed is a whole number from 0 to 2^40, got {seed!r}")
 
 
 def _permutation(total: int, seed: int) -> Tensor:

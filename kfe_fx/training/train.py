@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kfe_fx.curvature.distributed import Group
-from kfe_fx.data.dataset import ArrayData
+from kfe_fx.data.dataset import ArrayData, check_seed
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
@@ -115,6 +115,7 @@ def train(
     """
     if schedule not in SCHEDULES:
         raise UsageError(f"there is no schedule {schedule!r}; choose cosine or constant")
+    check_seed(seed)
     if resume and checkpoint is None:
         raise UsageError("resume goes on from a checkpoint; say which file")
     if check_strength(l0 or 0.0) and group_lasso:

@@ -264,6 +264,7 @@ def test_a_module_needs_example_inputs() -> None:
         {"budget": 0.5, "rounds": 0},
         {"budget": 0.5, "epochs": -1},
         {"budget": 0.5, "batch_size": 2.5},
+        *({"budget": 0.5, "seed": seed} for seed in (2**70, -1, "one", 1.5, None)),
     ],
 )
 def test_options_that_mean_nothing_are_refused_first(options: dict[str, Any]) -> None:

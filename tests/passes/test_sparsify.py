@@ -374,6 +374,14 @@ def test_options_that_mean_nothing(options: dict[str, Any], told: str):
         sparsify(program(), **{"sparsity": 0.5, **options})
 
 
+@pytest.mark.parametrize("seed", [2**70, "one"])
+def test_a_seed_that_nothing_can_be_drawn_from(seed: Any):
+    with pytest.raises(UsageError, match="seed is a whole number"):
+        sparsify(program(), sparsity=0.5, seed=seed)
+    with pytest.raises(UsageError, match="seed is a whole number"):
+        kfe_fx.train(program(), (X, Y), seed=seed)
+
+
 def test_examples_that_are_needed_must_be_there():
     with pytest.raises(UsageError, match="'qm' needs targets, which is not there; give --data"):
         sparsify(program(), sparsity=0.5, criterion="qm")
