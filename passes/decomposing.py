@@ -33,11 +33,15 @@ Ranks = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Decomposer:
-    """What can be done to the layers of one network, and the networks that come of it."""
+    """What can be done to the layers of one network, and the networks that come of it.
+
+    ``possible`` says whether there is any layer, but those that make the outputs, to which it can be done.
+    """
 
     program: Program
     store: Store
     fronts: Mapping[str, Sequence[Candidate]]
+    possible: bool = True
 
     @classmethod
     def of(cls, program: Program, model: CostModel, device: Device, sample: Any, settings: Settings) -> Decomposer:
@@ -45,8 +49,8 @@ class Decomposer:
         layers = find_layers(program).layers
         options = {"loss": settings.loss, "batch_size": settings.batch_size, "seed": settings.seed}
         store = measure(program, sample, layers, **options)
-        if not layers:
-            return cls(program, store, {})
+        if all(layer.last for layer in layers):  # a plan may say their ranks all the same
+            return cls(program, store, {}, possible=False)
         prices = Prices(model, device, settings.cost_model)
         return cls(program, store, candidates(program, store, prices, data=sample, **options))
 

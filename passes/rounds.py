@@ -55,6 +55,7 @@ from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
 from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
 
+NOTHING_TO_DECOMPOSE = "nothing is decomposed: no layer can be but those that make the outputs, which stay"
 FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
 BEYOND = 0.05  # a round may be this much past its budget by whole units and steps of widths alone
@@ -470,6 +471,9 @@ class Rounds:
         decomposer = Decomposer.of(self.original, self.dense, self.device, sample, settings)
         if ranks:
             self._go_to(decomposer.state(ranks, settings.heads))
+            return
+        if not decomposer.possible:
+            self.certificate.notes.append(NOTHING_TO_DECOMPOSE)
             return
         before, scores = self.state, self._scores()
         selection = self._select(scores, self.ratios, ())

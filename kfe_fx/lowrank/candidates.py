@@ -88,7 +88,7 @@ def candidates(
             continue
         with suppress(UsageError):
             axes[layer.name] = Kfe.of(program, store, layer, statistics)
-    if data is not None:
+    if data is not None and axes:
         axes = with_fisher_losses(program, data, axes, loss=loss, source=source, batch_size=batch_size, seed=seed)
     fronts = {name: pareto(one, prices, step or prices.step, cap) for name, one in axes.items()}
     return {name: front for name, front in fronts.items() if front}

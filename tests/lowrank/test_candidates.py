@@ -76,6 +76,12 @@ def test_losses_that_were_measured_take_the_place_of_importances() -> None:
         assert any(one.loss > axes[name].loss(one.c, one.r) * 1.01 for one in front)
 
 
+def test_where_only_the_outputs_could_be_decomposed_nothing_is_measured() -> None:
+    program, x = capture(torch.nn.Sequential(torch.nn.Linear(6, 4)).eval(), torch.randn(2, 6)), torch.randn(8, 6)
+    held = fit(program, x, statistics="kfac", source="exact", batch_size=4)
+    assert candidates(program, held, Prices.of(program, PROFILE), data=x, source="exact", batch_size=4) == {}
+
+
 def test_a_layer_that_keeps_everything_stays_as_it_is() -> None:
     program, held = known()
     same = apply(program, held, {"stem": (8, 16)})

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import kfe_fx
 from kfe_fx.errors import PlanError, UsageError
 from kfe_fx.frontend.capture import capture
-from kfe_fx.lowrank import Candidate
+from kfe_fx.lowrank import Candidate, find_layers
 from kfe_fx.passes.decomposing import Decomposer
 from kfe_fx.passes.prune import PruneResult, prune
 from kfe_fx.plan import Plan
@@ -112,3 +112,16 @@ def test_bases_need_examples():
 def test_ranks_that_mean_nothing(ranks: Any):
     with pytest.raises(PlanError, match="not a plan"):
         Plan.from_json({**Plan().to_json(), "decomposed": ranks})
+
+
+def test_channels_go_where_no_layer_can_be_decomposed():
+    """Weights that are computed belong to no layer, and the one that makes the outputs stays whole."""
+    torch.manual_seed(0)
+    inner = nn.utils.parametrizations.weight_norm(nn.Linear(6, 16))
+    program = capture(nn.Sequential(inner, nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(2, 6))
+    data = torch.randn(64, 6), torch.randint(3, (64,))
+    assert [layer.last for layer in find_layers(program).layers] == [True]
+    plain, found = (run(program, budget=0.6, data=data, decompose=decompose) for decompose in (False, True))
+    assert found.plan.kept == plain.plan.kept
+    assert not found.plan.decomposed
+    assert [note for note in found.certificate.notes if note.startswith("nothing is decomposed: ")]
