@@ -56,7 +56,7 @@ class Shrink(Pass):
             graph.eliminate_dead_code()
             graph.lint()
         twin.module().recompile()
-        _narrow_states(twin)
+        _narrow_states(twin, program)
         for mode, fakes in shapes_after(twin, analysis.trackers["eval"].sizes).items():
             check_shapes(moves[mode], fakes)
         twin.lineage = (*program.lineage, self.name)
@@ -72,10 +72,10 @@ def _without_branches(program: Program, plan: Plan) -> Program:
     return DropBranches(plan.dropped, heads=plan.heads, always=True).run(program).program
 
 
-def _narrow_states(program: Program) -> None:
-    """Cut the example inputs and the calibration sample of a Program whose states lost units."""
+def _narrow_states(program: Program, before: Program) -> None:
+    """Cut the example inputs and the calibration sample of a Program whose states lost units ``before`` still has."""
     names = program.signature.input_names
-    cut = lambda flat: [narrow_input(program, name, value) for name, value in zip(names, flat, strict=True)]  # noqa: E731
+    cut = lambda flat: [narrow_input(program, name, value, before) for name, value in zip(names, flat, strict=True)]  # noqa: E731
     program.example_inputs = pack(program.signature.inputs, cut(program.flat_examples()))
     if "calibration" in program.extras:
         inputs, targets = program.extras["calibration"]

@@ -306,6 +306,16 @@ def test_states_may_lose_units_when_asked_to() -> None:
     assert float((h_n - expected[1][..., kept]).abs().max()) <= 1e-12
 
 
+def test_states_may_lose_units_once_more() -> None:
+    """The second cut takes the example inputs as the first one left them."""
+    program = permit(streaming()[1], allowed=True)
+    for left in (4, 3):
+        analysis = analyze(program)
+        program = Shrink(Plan.of_units(analysis, range(len(analysis.units) - left))).run(program).program
+    assert widths(program)["inputs"]["h"]["kept"] == [3, 4, 5]
+    assert [tuple(value.shape) for value in program.flat_examples()] == [(2, 5, 3), (2, 2, 3), (2, 2, 3)]
+
+
 def test_the_record_of_states_outlasts_the_permission(tmp_path: Path) -> None:
     _, program = streaming()
     small = prune(program, budget=0.5, metric="widths", criterion="magnitude", resize_state=True).program
