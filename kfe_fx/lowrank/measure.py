@@ -51,6 +51,8 @@ def measure(
     chosen = replace(found, blocks=blocks)
     fitter = Fitter(program, chosen, Batches(program, data, batch_size), loss, source, 1, seed, None)
     store = Store.of(program, chosen, sharing=EXPAND)
+    if not blocks:  # a pass over the data would see no example
+        return store
     passes = 1 + (statistics == MOMENTS)
     factors = Factors(EXPAND)
     fitter.run([factors], 0, passes)

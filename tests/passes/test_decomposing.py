@@ -125,3 +125,13 @@ def test_channels_go_where_no_layer_can_be_decomposed():
     assert found.plan.kept == plain.plan.kept
     assert not found.plan.decomposed
     assert [note for note in found.certificate.notes if note.startswith("nothing is decomposed: ")]
+
+
+def test_channels_go_where_there_is_no_layer_at_all():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose1d(3, 16, 3), nn.ReLU(), nn.ConvTranspose1d(16, 3, 3), nn.Flatten())
+    program, data = capture(net.eval(), torch.randn(2, 3, 6)), (torch.randn(64, 3, 6), torch.randint(30, (64,)))
+    assert not find_layers(program).layers
+    found = run(program, budget=0.6, data=data, decompose=True)
+    assert found.plan.kept
+    assert [note for note in found.certificate.notes if note.startswith("nothing is decomposed: ")]
