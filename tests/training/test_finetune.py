@@ -164,11 +164,11 @@ def test_a_live_optimiser_keeps_its_state_and_its_rates(program: Program):
 
 
 def test_floating_point_targets_and_any_iterable(program: Program):
-    x = torch.randn(40, 6)
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     batches = [{"x": part, "y": part[:, :3]} for part in x.split(10)]
-    facts = finetune(program, batches, epochs=5, lr=0.01, threads=1)
+    facts = finetune(program, batches, epochs=20, lr=0.01, threads=1)
     assert facts["loss"] == "mse"
-    assert facts["steps"] == 20
+    assert facts["steps"] == 80
     assert facts["last_loss"] < facts["first_loss"]
     facts = finetune(program, iter([(part, part[:, :3]) for part in x.split(10)]), epochs=2, threads=1)
     assert facts["steps"] == 8
