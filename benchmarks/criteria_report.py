@@ -117,7 +117,7 @@ class Report:
             "| network | asked | dense, % | kfe-fx, best, % (latency) | Torch-Pruning, best, % (latency) | gap to "
             "dense over the peer's | ahead, points (95 %) |"
         )
-        return "\n".join(["## The best of each, fine-tuned\n", head, "|---" * 7 + "|", *lines]) if lines else ""
+        return _section("The best of each, fine-tuned", head, lines)
 
     def _latency(self, net: str, budget: float, method: str) -> str:
         runs = methods(self.runs, net, budget, [method])[method]
@@ -143,7 +143,7 @@ class Report:
             "| network | asked | by curvature, % | by gradients, % | by weights, % | curvature ahead of weights, "
             "points (95 %) | pays |"
         )
-        return "\n".join(["## Where curvature pays\n", head, "|---" * 7 + "|", *lines]) if lines else ""
+        return _section("Where curvature pays", head, lines)
 
     # marks -----------------------------------------------------------------------------------------------------------
 
@@ -206,13 +206,13 @@ class Report:
         """Write what each learning rate left."""
         rates = " | ".join(f"{rate:g}" for rate in SCAN)
         head = f"| network | asked | chosen by | after repair | {rates} |"
-        lines = ["## After fine-tuning at several rates, on other glyphs\n", head, "|---" * (4 + len(SCAN)) + "|"]
+        lines = []
         for key, row in self.scans.items():
             net, budget, *method, _ = key.split()
             if "failed" not in row:
                 told = " | ".join(f"{row[f'{rate:g}']:.2f}" for rate in SCAN)
                 lines.append(f"| {net} | {budget} | {' '.join(method)} | {row['after repair']:.1f} | {told} |")
-        return "\n".join(lines) if self.scans else ""
+        return _section("After fine-tuning at several rates, on other glyphs", head, lines)
 
     def plot(self, place: Path) -> None:
         """Draw accuracy after repair against accuracy after fine-tuning, a panel per network that was run."""
@@ -234,6 +234,11 @@ class Report:
             axis.set(title=net, xlabel="after repair, %", ylabel="fine-tuned, %")
             axis.legend(fontsize=6)
         figure.savefig(place)
+
+
+def _section(title: str, head: str, lines: list[str]) -> str:
+    rule = "|---" * (head.count("|") - 1) + "|"
+    return "\n".join([f"## {title}\n", head, rule, *lines]) if lines else ""
 
 
 def _mean(runs: list[Rows], name: str) -> float:

@@ -51,7 +51,7 @@ def gaps(program: Program, seeds: int) -> tuple[list[tuple[float, float]], int]:
                     continue
                 state = search_state(model, scores, cost, Options(block, CAP))
                 try:
-                    best = solve_exactly([state], [target * cost.predict(())], MOST, searched.loss)  # type: ignore[list-item]
+                    best = solve_exactly([state], [target * cost.predict(())], MOST, searched.loss)  # type: ignore[list-item]  # latency is a sum
                 except KfeError:
                     refused += 1
                     continue

@@ -177,10 +177,10 @@ class Cutter:
         Each layer is fitted to what it gave before, and judged by that alone: only the loss of the whole network tells
         that the fits together are no repair.
         """
-        best, plain = fresh(fitted), fresh(folded)
-        if best is not fitted:
-            best = min((fitted, best), key=self._loss)
-        loss, least = self._loss(best), self._loss(plain)
+        best, loss, again, plain = fitted, self._loss(fitted), fresh(fitted), fresh(folded)
+        if again is not fitted and (other := self._loss(again)) < loss:
+            best, loss = again, other
+        least = self._loss(plain)
         if math.isfinite(least) and not loss <= least + (WORSE - 1) * abs(least):
             facts["repaired"] = {KEPT: sum(facts["repaired"].values())}
             facts["fits_left"] = {"fitted": loss, "folded": least}

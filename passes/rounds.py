@@ -283,7 +283,6 @@ class Rounds:
         """Score the units of the small network and hand the scores to the units of its base."""
         settings, state = self.settings, self.state
         first = not self.certificate.rounds
-        self._tell_store()
         shares = first and not settings.decompose  # else they are of one network after the other
         if shares and self.shared.scores is not None:
             self.scoring, self.changes = self.shared.scoring, self.shared.changes
@@ -316,13 +315,6 @@ class Rounds:
         if changes is not None:
             self.changes = lift_scores(whole, analysis, changes, state.plan.kept)
         return lift_scores(whole, analysis, scores, state.plan.kept)
-
-    def _tell_store(self) -> None:
-        """Note that statistics which were given do not score."""
-        if self.settings.store is not None and "curvature" not in resolve(self.settings.criterion).needs:
-            note = "the curvature statistics given are for the repair alone: the criterion does not look at them"
-            if note not in self.certificate.notes:
-                self.certificate.notes.append(note)
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)
@@ -587,6 +579,10 @@ class Rounds:
         certificate.data = {"note": self.data.note, **self.scoring}
         if self.tuner.trains and Group.current().size > 1 and has_own_norms(self.original):
             certificate.notes.append(OWN_SHARES)
+        if self.settings.store is not None and "curvature" not in resolve(self.settings.criterion).needs:
+            certificate.notes.append(
+                "the curvature statistics given are for the repair alone: the criterion does not look at them"
+            )
         if self.scoring and self.data.calibration is None:
             certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
 

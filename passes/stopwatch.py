@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kfe_fx.certificate import CPU
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.errors import BadFile
 from kfe_fx.passes.settings import Settings
@@ -18,7 +19,6 @@ from kfe_fx.runtime.quantise import int8
 from kfe_fx.runtime.session import make_session, provider_name
 from kfe_fx.runtime.template import Template
 
-CPU = "CPUExecutionProvider"
 FINAL_SECONDS = 3.0
 TURN_SECONDS = 1.0
 RANGES = 4  # batches of drawn inputs that ranges of int8 copies are taken from

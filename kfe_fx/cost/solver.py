@@ -11,7 +11,7 @@ import numpy as np
 
 from kfe_fx.cost.bounds import Bounds
 from kfe_fx.cost.count import Cost, CostModel
-from kfe_fx.cost.exact import solve_exactly
+from kfe_fx.cost.exact import MOST_LEFT, solve_exactly
 from kfe_fx.cost.joint import JointState
 from kfe_fx.cost.search import LOOK_AHEAD, Search, farthest
 from kfe_fx.cost.state import Sizes, State, SumState, WholeState
@@ -122,7 +122,7 @@ def select_budget(
     state = made[0][1] if len(made) == 1 else JointState([one for _, one, _ in made], [limit for _, _, limit in made])
     limit = made[0][2] if len(made) == 1 else 1.0
     search = Search(state, limit * (1 + _ROUNDING), look_ahead)
-    feasible = _exactly(search, made, exact)
+    feasible = _optimise(search, made, exact)
     unmet = [] if feasible else [(one, part, most) for one, part, most in made if part.predicted() > most]
     reasons = [_binding(model, ranked, one, options, most, part) for one, part, most in unmet]
     removed = _removed(state).union(gone, drop)
@@ -134,13 +134,14 @@ def select_budget(
     return Selection(removed, predicted, feasible, "; ".join(reasons), search.loss + dropped)
 
 
-def _exactly(search: Search, made: Sequence[tuple[Demand, State, float]], most: int) -> bool:
+def _optimise(search: Search, made: Sequence[tuple[Demand, State, float]], most: int) -> bool:
     """Search, and go on to the optimum where that can be found quickly; return whether the limits are met."""
     first, met = list(search.state.stops), search.run()
     states = [state for _, state, _ in made if isinstance(state, SumState)]
     if not most or len(states) < len(made) or not states[0].tracks:
         return met
     found, known = list(search.state.stops), search.loss if met else None
+    most = most if met else min(most, MOST_LEFT)  # what is not met cannot peg anything
     search.go_to(first)
     try:
         best = solve_exactly(states, [limit * (1 + _ROUNDING) for _, _, limit in made], most, known)

@@ -279,7 +279,10 @@ def mean_over_examples(
     """
     batches, loss, likelihood = examples_of(context), context.loss, Likelihood(context.loss, context.seed)
     view, leaves = _with_leaves(context.program, list(context.weights()))
-    zeros = lambda: {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}  # noqa: E731
+
+    def zeros() -> dict[str, Tensor]:
+        return {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
+
     sums, count = zeros(), 0
     for batch in batches:
         with torch.enable_grad():

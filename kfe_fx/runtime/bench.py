@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from kfe_fx.certificate import CPU
 from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.runtime.layers import layer_times
 from kfe_fx.runtime.measure import compare
@@ -18,7 +19,6 @@ from kfe_fx.runtime.origins import read_original
 from kfe_fx.runtime.profile import MIN_RUNS, RUNS, Profile, profile
 from kfe_fx.runtime.session import make_session, provider_name
 
-CPU = "CPUExecutionProvider"
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,

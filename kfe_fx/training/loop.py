@@ -182,7 +182,7 @@ class Trainer:
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         share, weight = weighted_share(batch, self.group, coupled=self.coupled)
-        with shared_norms(self.program, share, batch, self.group):
+        with shared_norms(share, batch, self.group, coupled=self.coupled):
             value = self._loss(share) if share.count else None
         number = float(value.detach()) if value is not None else 0.0
         if self.group.size > 1:

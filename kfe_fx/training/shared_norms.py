@@ -44,9 +44,9 @@ def has_own_norms(program: Program) -> bool:
     return any(layer.trains for layer in find_layers(program))
 
 
-def shared_norms(program: Program, share: Batch, whole: Batch, group: Group) -> AbstractContextManager[Any]:
-    """Return the block that a rank runs its share of a batch in: ``SharedNorms`` where that makes a difference."""
-    if group.size == 1 or share.count == whole.count or not has_live_norms(program):
+def shared_norms(share: Batch, whole: Batch, group: Group, *, coupled: bool) -> AbstractContextManager[Any]:
+    """Return the block that a rank runs its share of a batch in: ``SharedNorms`` where norms have it ``coupled``."""
+    if group.size == 1 or share.count == whole.count or not coupled:
         return nullcontext()
     return SharedNorms(share.count / whole.count, group)
 
