@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from kfe_fx.curvature.distributed import joined
 
 SIZE = 2
 
@@ -39,13 +41,9 @@ def torchrun(*args: object) -> str:
 
 
 def _work(rank: int, function: Callable[[Path], Any], folder: str) -> None:
+    faulthandler.enable()  # what aborts says where
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name service needed
     place = Path(folder)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{place / 'store'}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=120)
-    )
-    try:
+    with joined(init_method=f"file://{place / 'store'}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=120)):
         torch.save(function(place), place / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,16 +100,26 @@ class Group:
 
 
 @contextmanager
+def joined(**options: Any) -> Iterator[Group]:
+    """Join other processes by gloo for the time of a block; ``options`` are those of ``init_process_group``."""
+    # Its functions have the default group of the moment of their import as a default argument, and torch.export imports
+    # it: the group would outlive the block, and its threads abort the process if they run while the interpreter ends.
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group("gloo", **options)
+    try:
+        yield Group.current()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def launched() -> Iterator[Group]:
     """Join the processes that ``torchrun`` started, for the time of a block; without torchrun stay alone."""
     if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Group.current()
         return
-    dist.init_process_group("gloo")
-    try:
-        yield Group.current()
-    finally:
-        dist.destroy_process_group()
+    with joined() as group:
+        yield group
 
 
 def sum_store(store: Store, *, moments: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,18 @@ def broken(outputs: Tensor, targets: Tensor) -> Tensor:
     made[targets == 2] = (outputs[targets == 2, 0] * 0).sqrt()
     return made
 
+
+LEFT = """
+import os, sys, weakref
+import torch.distributed as dist
+from kfe_fx.curvature.distributed import joined
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+with joined(init_method="file://" + sys.argv[1], rank=0, world_size=1):
+    group = weakref.ref(dist.group.WORLD)
+    from torch._subclasses import FakeTensorMode
+    FakeTensorMode()  # as torch.export does
+print("held" if group() is not None else "gone")
+"""
 
 CASES: dict[str, dict[str, Any]] = {
     "empirical": {"source": "empirical", "statistics": ("diagonal", "kfac", "ekfac")},
@@ -155,3 +169,10 @@ def test_one_process_is_a_group_of_its_own():
     assert torch.equal(value, torch.ones(2))
     with launched() as joined:
         assert joined == group
+
+
+def test_no_group_outlives_its_block(tmp_path: Path):
+    """Its threads would run while the interpreter ends, and abort the process."""
+    command = [sys.executable, "-c", LEFT, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "gone"
