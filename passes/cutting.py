@@ -16,7 +16,7 @@ from kfe_fx.curvature.blocks import find_blocks
 from kfe_fx.curvature.store import Store
 from kfe_fx.embedding import embed, relative
 from kfe_fx.errors import PlanError, UsageError
-from kfe_fx.labels.analysis import analyze
+from kfe_fx.labels.analysis import Analysis, analyze
 from kfe_fx.labels.branches import find_branches
 from kfe_fx.passes.drop_branches import DropBranches, measure_branch_means
 from kfe_fx.passes.fold_means import FoldMeans, measure_means
@@ -46,6 +46,12 @@ class State:
     shallow: Shallow
     removed: frozenset[int]
     plan: Plan
+
+    def analysis(self, heads: str) -> Analysis:
+        """Return the units of the small network: those of the base where none is gone."""
+        if self.removed:
+            return analyze(self.small, heads=heads)
+        return replace(self.shallow.analysis, program=self.small)
 
     def full(self) -> Program:
         """Return the base with the weights of now; what was removed keeps the weights that it had."""

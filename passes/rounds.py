@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,25 +13,23 @@ import numpy as np
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
-from kfe_fx.cost.loop import close_loop
 from kfe_fx.cost.solver import Selection
-from kfe_fx.criteria.base import ScoreContext, resolve, score
-from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.curvature.distributed import Group
-from kfe_fx.embedding import lift_scores, units_at
+from kfe_fx.embedding import units_at
 from kfe_fx.errors import UnsupportedModel, UsageError
 from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.states import permit
 from kfe_fx.passes.branch_choice import choose_branches
+from kfe_fx.passes.closed_loop import NO_FASTER, TOLERANCE, ClosedLoop
 from kfe_fx.passes.cutting import Cut, Cutter, State
 from kfe_fx.passes.decomposing import Decomposer
 from kfe_fx.passes.floors import Floor
 from kfe_fx.passes.proof import prove
 from kfe_fx.passes.schedules import netadapt, round_ratios
+from kfe_fx.passes.scoring import Scored, lifted, score_state
 from kfe_fx.passes.selecting import Selector
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
-from kfe_fx.passes.shrink import Shrink
 from kfe_fx.passes.stopwatch import Stopwatch
 from kfe_fx.passes.telling import (
     COUNTED,
@@ -39,11 +37,13 @@ from kfe_fx.passes.telling import (
     describe,
     tell_capacity,
     tell_counts,
+    tell_data,
     tell_limits,
     tell_losses,
     tell_negative,
     tell_prediction,
     tell_step,
+    unasked,
 )
 from kfe_fx.passes.theis import Signals
 from kfe_fx.passes.trial import Trial
@@ -53,14 +53,11 @@ from kfe_fx.program import Program
 from kfe_fx.runtime.profile import strays
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
-from kfe_fx.training.shared_norms import OWN_SHARES, has_own_norms
+from kfe_fx.training.shared_norms import has_own_norms
 
 NOTHING_TO_DECOMPOSE = "nothing is decomposed: no layer can be but those that make the outputs, which stay"
 FURTHER = 0.85  # of the budget: what lies between says what time costs in channels
 MASKING = 0.5  # share of a round's fine-tuning in which the schedule theis masks units
-BEYOND = 0.05  # a round may be this much past its budget by whole units and steps of widths alone
-NO_FASTER = "nothing that can be removed makes the network faster"
-TOLERANCE, NEAR = 0.05, 0.02  # of a measured budget, and of dense: the smaller counts
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,7 @@ class Mark:
 class Shared:
     """What several runs on one dense network have in common: its scores and factors, and what measures it."""
 
-    scores: np.ndarray | None = None
-    changes: np.ndarray | None = None
-    scoring: dict[str, Any] = field(default_factory=dict)
-    curvature: Any = None  # what the scores are of, which repairs every network that they choose
+    scored: Scored | None = None  # its factors repair every network that it chooses
     stopwatch: Stopwatch | None = None
 
 
@@ -133,10 +127,7 @@ class Rounds:
         self.dense = CostModel(self.original, analysis)
         self._go_to(self._start())
         self.tuner = Tuner(settings, data, self.original, self.progress)
-        self.scoring: dict[str, Any] = {}
-        self.curvature: Any = None  # factors of the network that was scored last, where the criterion took some
-        # what the scores of now promise of the loss, unit by unit; None where they promise nothing
-        self.changes: np.ndarray | None = None
+        self.scored = Scored()  # what was scored last
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
             raise UnsupportedModel(
@@ -167,7 +158,8 @@ class Rounds:
         if "latency" in self.ratios and self._asks():
             self._reach_latency()
         tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
-        self._tell_data()
+        shared = self.tuner.trains and Group.current().size > 1 and has_own_norms(self.original)
+        tell_data(self.certificate, self.settings, self.data, self.scored.facts, shared=shared)
         if "latency" in self.ratios and self._asks():
             tell_step(self.certificate, self.device, self.settings)
         tell_limits(self.certificate, self.settings, self.ratios)
@@ -251,7 +243,7 @@ class Rounds:
         if self.settings.plan is not None:
             self._surgery(self._planned(self.settings.plan), None, part.ratios)
         else:
-            scores = self._scores() if self.settings.schedule != "theis" or part.first else self.signals
+            scores = self._scores() if self.settings.schedule != "theis" or part.first else self.scored.scores
             branches = self._choose_branches(scores) if part.first else ()
             if self.settings.schedule == "theis":
                 scores = self._train_and_mask(part, scores)
@@ -268,7 +260,11 @@ class Rounds:
 
     def _chosen(self, part: Part, scores: np.ndarray, branches: tuple[str, ...]) -> Selection | None:
         if part.last and self.settings.measures and self.ratios["latency"] < 1:
-            return self._closed_loop(scores, part.ratios, branches)
+            loop = ClosedLoop(
+                lambda ratios, drop: self._select(scores, ratios, drop), self.selector, self.stopwatch,
+                self.certificate, self.state.plan, not self._demands_more(), self.progress,
+            )  # fmt: skip
+            return loop.run(part.ratios, branches)
         if self.settings.schedule != "netadapt" or branches:
             return self._select(scores, part.ratios, branches)
         return netadapt(
@@ -280,41 +276,18 @@ class Rounds:
         )
 
     def _scores(self) -> np.ndarray:
-        """Score the units of the small network and hand the scores to the units of its base."""
+        """Score the units of the small network."""
         settings, state = self.settings, self.state
         first = not self.certificate.rounds
         shares = first and not settings.decompose  # else they are of one network after the other
-        if shares and self.shared.scores is not None:
-            self.scoring, self.changes = self.shared.scoring, self.shared.changes
-            self.curvature = self.shared.curvature
-            return self.shared.scores
-        whole = state.shallow.analysis
-        analysis = analyze(state.small, heads=settings.heads) if state.removed else replace(whole, program=state.small)
-        context = ScoreContext.of(
-            state.small,
-            analysis,
-            self.data.calibration,
-            settings.loss,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
-        if first and settings.store is not None and not state.plan.decomposed:
-            context.store["curvature"] = settings.store
-        scores = score(settings.criterion, context)
-        self.curvature = context.store.get("curvature")
-        changes = context.changes
-        if settings.penalty:  # it ranks, and is no part of the loss
-            scores = scores + 0.5 * settings.penalty * squared_norms(analysis)
-        self.scoring = dict(context.facts)
+        if shares and self.shared.scored is not None:
+            self.scored = self.shared.scored
+        else:
+            store = settings.store if first and not state.plan.decomposed else None
+            self.scored = score_state(state, settings, self.data.calibration, store)
         if shares:
-            self.shared.scores, self.shared.scoring, self.shared.changes = scores, self.scoring, changes
-            self.shared.curvature = self.curvature
-        self.changes = changes
-        if not state.removed:
-            return scores
-        if changes is not None:
-            self.changes = lift_scores(whole, analysis, changes, state.plan.kept)
-        return lift_scores(whole, analysis, scores, state.plan.kept)
+            self.shared.scored = self.scored
+        return self.scored.scores
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)
@@ -331,54 +304,6 @@ class Rounds:
             removed, self.selector.ratio(self.settings.metric, removed, plan.dropped), True, dropped=plan.dropped
         )
 
-    def _closed_loop(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection | None:
-        """Measure what is selected and correct what is asked of the predictor; None where no removal is of use."""
-
-        def solve(target: float) -> Selection:
-            return self._select(scores, {**ratios, "latency": target}, drop)
-
-        def build_and_measure(selection: Selection) -> float:
-            self.progress("measuring a candidate", None)
-            shallow = self.selector.shallow(selection.dropped)
-            plan = Plan.of_units(shallow.analysis, shallow.units_of(selection.removed), heads=self.settings.heads)
-            candidate = Shrink(plan).run(shallow.program).program
-            base = str(self.state.plan.decomposed), *self.state.plan.dropped, *selection.dropped
-            return self.stopwatch.ratio(candidate, shallow.program, base)
-
-        tolerance = min(TOLERANCE, NEAR / ratios["latency"])
-        result = close_loop(solve, build_and_measure, ratios["latency"], tolerance=tolerance)
-        alone = not self._demands_more()
-        if (
-            alone and drop and result.measured < ratios["latency"] * (1 - tolerance)
-        ):  # they save more than was asked for
-            fewer = self._closed_loop(scores, ratios, drop[:-1])
-            if self.certificate.feasible:
-                return fewer
-        certificate = self.certificate
-        certificate.feasible = result.feasible
-        certificate.binding = "" if result.within else result.reason.removeprefix("the budget is out of reach: ")
-        certificate.measured["turns"] = [
-            {"asked": turn.asked, "predicted": turn.selection.predicted, "measured": turn.measured}
-            for turn in result.turns
-        ]
-        first = result.turns[0]
-        error = first.selection.predicted / first.measured - 1
-        certificate.measured["predictor"] = {"name": self.selector.latency.name, "error": error}
-        if result.measured < 1:
-            return result.selection
-        certificate.feasible = False
-        certificate.binding = f"{NO_FASTER}: the nearest measured {result.measured:.3f} of dense"
-        # a plan that is no faster is none; what other budgets demand goes all the same, and no more
-        return None if alone else self._select(scores, {**ratios, "latency": 1.0}, ())
-
-    def _unasked(self, selection: Selection, scores: np.ndarray | None, ratios: dict[str, float]) -> int:
-        """Count the units of a selection past the budget that go because their scores are negative."""
-        metric = self.settings.metric
-        if scores is None or metric == "widths" or selection.predicted >= ratios[metric] * (1 - BEYOND):
-            return 0
-        fresh = np.array(sorted(selection.removed - self.state.removed), dtype=np.int64)
-        return int((np.isfinite(scores[fresh]) & (scores[fresh] < 0)).sum())
-
     # one surgery -----------------------------------------------------------------------------------------------------
 
     def _surgery(self, selection: Selection, scores: np.ndarray | None, ratios: dict[str, float]) -> None:
@@ -387,13 +312,16 @@ class Rounds:
         cut, error = self._cut(selection, scores)
         self.tuner.follow(before, cut.state, cut.step)
         unrepaired = cut.facts.pop("unrepaired", None)
+        wanted = unasked(settings, selection, scores, before.removed, ratios)
         entry = {
             "target": ratios[settings.metric],
             "predicted": selection.predicted,
             "removed": len(selection.removed) - len(before.removed),
             **({"dropped": list(selection.dropped)} if selection.dropped else {}),
             **({} if selection.step is None else {"step": selection.step}),
-            **({"negative": wanted} if (wanted := self._unasked(selection, scores, ratios)) else {}),
+            **(
+                {"negative": wanted} if (wanted := unasked(settings, selection, scores, before.removed, ratios)) else {}
+            ),
             "masked_error": error,
             "predicted_loss": selection.loss,
             **cut.facts,
@@ -418,9 +346,10 @@ class Rounds:
 
     def _promised(self, before: State, selection: Selection) -> float | None:
         """Return the sum of what was promised of the units that go; None where there is one of which nothing was."""
-        if self.changes is None or self.settings.plan is not None or selection.dropped or not self.trial.judges_loss:
+        changes = self.scored.changes
+        if changes is None or self.settings.plan is not None or selection.dropped or not self.trial.judges_loss:
             return None
-        total = float(self.changes[sorted(selection.removed - before.removed)].sum())
+        total = float(changes[sorted(selection.removed - before.removed)].sum())
         return total if np.isfinite(total) else None
 
     def _cut(self, selection: Selection, scores: np.ndarray | None, *, prove: bool = True) -> tuple[Cut, float]:
@@ -430,7 +359,7 @@ class Rounds:
             shallow = self.selector.shallow(selection.dropped)
             dropped = self.cutter.drop(state, shallow, selection.dropped, prove=prove)
             state, removed, error, scores = dropped.state, shallow.units_of(removed), dropped.error, None
-        store = None if selection.dropped or not prove else self.curvature
+        store = None if selection.dropped or not prove else self.scored.curvature
         cut = self.cutter.remove(state, removed, scores, before=self.state.small, store=store, prove=prove)
         return cut, max(error, cut.error)
 
@@ -510,17 +439,13 @@ class Rounds:
     def _train_and_mask(self, part: Part, scores: np.ndarray) -> np.ndarray:
         """Train with gates, and mask units by the signals of the way; return the scores that came of it."""
         state, whole = self.state, self.state.shallow.analysis
-        analysis = (
-            analyze(state.small, heads=self.settings.heads) if state.removed else replace(whole, program=state.small)
-        )
+        analysis = state.analysis(self.settings.heads)
         before = {metric: self.selector.ratio(metric, state.removed) for metric in part.ratios}
-
-        def lifted(found: np.ndarray) -> np.ndarray:
-            return lift_scores(whole, analysis, found, state.plan.kept) if state.removed else found
 
         def choose(found: np.ndarray, share: float) -> frozenset[int]:
             way = {name: before[name] * (ratio / before[name]) ** share for name, ratio in part.ratios.items()}
-            removed = self._select(lifted(found), {name: min(1.0, r) for name, r in way.items()}, ()).removed
+            limits = {name: min(1.0, ratio) for name, ratio in way.items()}
+            removed = self._select(lifted(state, analysis, found), limits, ()).removed
             gone = removed - state.removed
             if not state.removed:
                 return gone
@@ -530,8 +455,10 @@ class Rounds:
         steps = max(1, round(MASKING * self.tuner.steps(part.count, last=part.last)))
         signals = Signals(state.small, analysis, choose, steps)
         self._train(steps, [signals], signals.view())
-        self.signals, self.changes = lifted(signals.scores_with_masked_first()), lifted(signals.estimates())
-        return self.signals
+        found = signals.scores_with_masked_first(), signals.estimates()
+        scores, changes = (lifted(state, analysis, values) for values in found)
+        self.scored = replace(self.scored, scores=scores, changes=changes)
+        return scores
 
     def _mark(self) -> Mark:
         told, state = self.certificate, self.state
@@ -573,18 +500,6 @@ class Rounds:
     def _evaluate(self, judge: Metric, program: Program) -> float:
         self.progress(f"measuring {judge.name}", None)
         return evaluate(program, self.data.held_out, judge)
-
-    def _tell_data(self) -> None:
-        certificate = self.certificate
-        certificate.data = {"note": self.data.note, **self.scoring}
-        if self.tuner.trains and Group.current().size > 1 and has_own_norms(self.original):
-            certificate.notes.append(OWN_SHARES)
-        if self.settings.store is not None and "curvature" not in resolve(self.settings.criterion).needs:
-            certificate.notes.append(
-                "the curvature statistics given are for the repair alone: the criterion does not look at them"
-            )
-        if self.scoring and self.data.calibration is None:
-            certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
 
     def _reach_latency(self) -> None:
         """Tell the latency of the finished network; one that is no faster gives way to the dense one."""

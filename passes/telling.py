@@ -5,22 +5,28 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import numpy as np
 import torch
 
 from kfe_fx.certificate import Certificate
 from kfe_fx.cost.budget import Limit
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device
+from kfe_fx.cost.solver import Selection
+from kfe_fx.criteria.base import resolve
 from kfe_fx.curvature.fisher_rao import fisher_rao_norm
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.states import resized
 from kfe_fx.passes.settings import Settings
 from kfe_fx.program import Program
+from kfe_fx.training.prune_data import PruneData
+from kfe_fx.training.shared_norms import OWN_SHARES
 
 COUNTED = {"macs": "macs", "params": "parameters", "memory": "peak_memory", "widths": "units"}
 _ROUNDING = 1e-9
 CAPACITY = 256  # examples of the Fisher-Rao norm
+BEYOND = 0.05  # a round may be this much past its budget by whole units and steps of widths alone
 LATENESS = 0.05  # how far a network may lie above a latency budget that it meets: the widest tolerance of the loop
 
 
@@ -149,3 +155,29 @@ def tell_capacity(certificate: Certificate, settings: Settings, sample: Any, den
             certificate.capacity = {}
             return
         certificate.capacity |= {name: found.norm, "source": found.source, "examples": found.examples}
+
+
+def tell_data(
+    certificate: Certificate, settings: Settings, data: PruneData, facts: dict[str, Any], *, shared: bool
+) -> None:
+    """Tell what was looked at; ``facts`` are of the scores, ``shared``: processes normalised their own shares."""
+    certificate.data = {"note": data.note, **facts}
+    if shared:
+        certificate.notes.append(OWN_SHARES)
+    if settings.store is not None and "curvature" not in resolve(settings.criterion).needs:
+        certificate.notes.append(
+            "the curvature statistics given are for the repair alone: the criterion does not look at them"
+        )
+    if facts and data.calibration is None:
+        certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
+
+
+def unasked(
+    settings: Settings, chosen: Selection, scores: np.ndarray | None, gone: frozenset[int], ratios: dict[str, float]
+) -> int:
+    """Count the units of a selection past the budget that go because their scores are negative."""
+    metric = settings.metric
+    if scores is None or metric == "widths" or chosen.predicted >= ratios[metric] * (1 - BEYOND):
+        return 0
+    fresh = np.array(sorted(chosen.removed - gone), dtype=np.int64)
+    return int((np.isfinite(scores[fresh]) & (scores[fresh] < 0)).sum())
