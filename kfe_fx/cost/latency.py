@@ -30,6 +30,7 @@ from kfe_fx.cost.operators import (
     FREE,
     FREE_ACTIVATIONS,
     FUSED_ACTIVATIONS,
+    PADS,
     POOLS,
     RESHAPES,
     ROWWISE,
@@ -38,6 +39,7 @@ from kfe_fx.cost.operators import (
 )
 from kfe_fx.cost.profile import CELL_FACTORS, ELEMENT_FACTORS, SCAN_FACTORS, SCAN_NODES, Profile
 from kfe_fx.cost.widths import ONE, Product, Removed, product_of
+from kfe_fx.program import argument
 from kfe_fx.recurrent.norms import shared_rows
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 
@@ -126,8 +128,9 @@ class _Kernels:
         if node.target in CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION:
             self._convolution(node)
             return
-        if node.target in FREE or getattr(node.target, "__name__", "") == "getitem":
-            if node.target is aten.clone.default or node.target in (aten.dropout.default, aten.contiguous.default):
+        vanishes = node.target in _PASSES_ON or (node.target in PADS and _is_folded(node))
+        if vanishes or node.target in FREE or getattr(node.target, "__name__", "") == "getitem":
+            if vanishes:
                 self.blocked |= {node} if node.args[0] in self.blocked else set()
             else:
                 self._reorders(node, wants_blocked=False)
@@ -138,6 +141,8 @@ class _Kernels:
         self._reorders(node, wants_blocked=stays)
         if stays:
             self.blocked.add(node)
+        if self._norm_behind(node) is not None:
+            return
         matrix = _MATRIX_RULES.get(node.target)
         if matrix is not None:
             matrix(self, node)
@@ -220,11 +225,22 @@ class _Kernels:
         shapes = [self.model.values[arg].shape for arg in self._inputs(node)]
         return len(shapes) == 2 and all(shape == self.model.values[node].shape for shape in shapes)
 
+    def _norm_behind(self, node: fx.Node) -> fx.Node | None:
+        """Return the layer norm that a sum runs inside, None where there is none."""
+        users = list(node.users)
+        if node.target is not aten.add.Tensor or [user.target for user in users] != [aten.layer_norm.default]:
+            return None
+        fits = self.model.values[node].dim() in (2, 3) and self._same_shapes(node)
+        scaled = argument(users[0], 2, "weight") is not None and len(users[0].args[1]) == 1  # type: ignore[arg-type]
+        return users[0] if fits and scaled and users[0].args[0] is node else None
+
     def _elements(self, node: fx.Node, stays: bool) -> None:
         shape = self.model.shape
         inputs = [product_of(shape(arg)) for arg in self._inputs(node)]
         output = product_of(shape(node)) if self.model.is_tensor(node) else inputs[0]
         name, p = _name(node), self.profile
+        if name == "layer_norm" and isinstance(node.args[0], fx.Node) and self._norm_behind(node.args[0]) is node:
+            name = "skip_layer_norm"
         if node.target in TRANSPOSES:
             self._add(node, output, p.transpose)
         elif name in ELEMENT_FACTORS:
@@ -273,6 +289,8 @@ class _Kernels:
         rows = product_of(shape(node)[:-1])
         self.terms.append(GemmKernel(node.name, self.profile, ONE, rows, weight[1], weight[0], self.weight_byte))
         biased = len(node.args) > 2 and node.args[2] is not None
+        if biased and len(node.users) == 1 and self._norm_behind(next(iter(node.users))) is not None:
+            return  # it is added there as well
         if biased and len(shape(node)) > 2:  # only a product of two matrices takes the bias along
             self._add(node, product_of(shape(node)), self.profile.element * ELEMENT_FACTORS["add"], rows)
         elif biased and len(node.users) == 1 and next(iter(node.users)).target in FUSED_ACTIVATIONS:
@@ -336,6 +354,8 @@ class _Kernels:
         return not shared_rows(*map(self.model.program.tensor, names))
 
 
+# what takes no kernel, whatever the layout
+_PASSES_ON = {aten.clone.default, aten.dropout.default, aten.contiguous.default}
 _MATRIX_RULES: dict[Any, Callable[[_Kernels, fx.Node], None]] = {
     aten.linear.default: _Kernels._linear,
     **dict.fromkeys(PRODUCTS, _Kernels._matmul),
@@ -365,6 +385,17 @@ def _weight_byte(profile: Profile, weights: int) -> float:
     """Return the time of a byte of weights where all kernels together read as many bytes."""
     far = min(1.0, max(0.0, weights / profile.cache - 1))
     return profile.near_byte + far * (profile.weight_byte - profile.near_byte)
+
+
+def _is_folded(node: fx.Node) -> bool:
+    """Tell whether ONNX Runtime pads inside the convolutions behind it, or not at all because nothing is added."""
+    sizes, named = list(argument(node, 1, "pad")), node.target is aten.pad.default
+    if any(not isinstance(size, int) or size < 0 for size in sizes):
+        return False
+    mode = argument(node, 2, "mode", "constant") if named else "constant"
+    value = argument(node, 3 if named else 2, "value")
+    folds = all(user.target in CONVOLUTIONS and not is_transposed(user) for user in node.users)
+    return not any(sizes) or (mode == "constant" and not value and len(sizes) <= 4 and folds)
 
 
 def _name(node: fx.Node) -> str:

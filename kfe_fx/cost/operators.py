@@ -57,6 +57,7 @@ TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.pix
 BINARY = {aten.add.Tensor, aten.mul.Tensor}
 BROADCASTS = {*BINARY, aten.sub.Tensor, aten.div.Tensor}
 ROWWISE = {aten.layer_norm.default, aten.softmax.int, aten._softmax.default, aten.log_softmax.int}
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
 CONCATENATIONS = {aten.cat.default}
 STAYS_BLOCKED = {*FUSED_ACTIVATIONS, aten.silu.default, aten.batch_norm.default, aten.upsample_nearest2d.vec}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kfe_fx.cost.device import Device
 from kfe_fx.cost.kernels import CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.probes import Fingerprint
-from kfe_fx.cost.profile import Profile
+from kfe_fx.cost.profile import ELEMENT_FACTORS, Profile
 from kfe_fx.cost.solver import select_budget
 from kfe_fx.cost.widths import ONE, Product
-from tests.cost.nets import Case, attention_case, conv_case, residual_case
+from kfe_fx.runtime.onnx_file import onnx_bytes
+from tests.cost.nets import Case, attention_case, case, conv_case, residual_case
 
 PLAIN = Profile(conv_kernel=0.0, kernel=0.0, near_byte=0.0, tail=(1.0, 1.0, 1.0, 1.0))
 
@@ -139,6 +146,63 @@ def test_attention_becomes_products_softmax_and_copies():
     assert found["GemmKernel matmul"] == 1
     assert found["ElementKernel softmax"] == 1
     assert found["ElementKernel transpose"] == 4
+
+
+class Norms(nn.Module):
+    """Sums in front of norms: alone, with another reader, and not of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 16)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.shift = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](x + self.down(F.gelu(self.up(x))))
+        y = x + self.last(x)
+        y = y + torch.tanh(self.norms[1](y))
+        return self.norms[2](y * y + self.shift)
+
+
+class Padded(nn.Module):
+    """Paddings that convolutions take over, that add nothing, and that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(*size, 3) for size in ((3, 16), (16, 16), (16, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.first(F.pad(x, (0, 1, 0, 1))))
+        x = F.relu6(self.second(F.pad(x, (0, 0, 0, 0))))
+        return self.third(F.pad(x, (1, 1, 1, 1), mode="reflect")).mean((2, 3))
+
+
+def run_by_onnxruntime(made: Case, folder: Path) -> Counter[str]:
+    """The kernels that are left of a network when ONNX Runtime has optimised it."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3  # says that such a file is for this machine alone
+    ort.InferenceSession(onnx_bytes(made.program), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+
+
+def test_a_norm_takes_the_sum_in_front_along_where_onnxruntime_does(tmp_path: Path):
+    made = case(Norms(), torch.randn(2, 5, 16))
+    norms = [term for term in RooflineLatency(made.model).terms() if term.owner.startswith("layer_norm")]
+    each = {round(term.each / Profile().element, 6) for term in norms if isinstance(term, ElementKernel)}
+    assert [norm.each > 1 for norm in norms] == [True, False, False]
+    assert each == {ELEMENT_FACTORS["skip_layer_norm"], ELEMENT_FACTORS["layer_norm"]}
+    found = run_by_onnxruntime(made, tmp_path)
+    assert (found["SkipLayerNormalization"], found["LayerNormalization"]) == (1, 2)
+    assert kinds(made)["ElementKernel add"] == 3  # of four sums
+
+
+def test_a_padding_costs_what_onnxruntime_leaves_of_it(tmp_path: Path):
+    made = case(Padded(), torch.randn(2, 3, 12, 12))
+    rate = ELEMENT_FACTORS["pad"] * Profile().element
+    pads = [term for term in RooflineLatency(made.model).terms() if getattr(term, "each", 0.0) == rate]
+    assert len(pads) == run_by_onnxruntime(made, tmp_path)["Pad"] == 1
+    assert kinds(made)["ElementKernel relu6"] == 1  # out of the blocked layout, for the padding that stays
 
 
 @pytest.mark.parametrize("made", [conv_case, attention_case, residual_case])
