@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from kfe_fx.cost.profile import Profile
 from kfe_fx.cost.widths import Product
 
+IN_ORDER = 0.25  # what a byte that no cache holds costs a product, of what it costs a convolution: it reads on and on
+
 
 def padded(size: int, block: int) -> int:
     """Round ``size`` up to a multiple of ``block``."""
@@ -97,7 +99,8 @@ class ConvKernel:
 class GemmKernel:
     """``repeats`` products [rows, inner] x [inner, columns].
 
-    ``weight_byte``: nanoseconds per byte to stream the second factor where it is weights, else 0.
+    ``weight_byte``: nanoseconds per byte to stream the second factor where it is weights, else 0; ``missed``: the part
+    of the network's weights that no cache holds from one run to the next.
     """
 
     owner: str
@@ -107,6 +110,7 @@ class GemmKernel:
     inner: Product
     columns: Product
     weight_byte: float = 0.0
+    missed: float = 0.0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -121,8 +125,9 @@ class GemmKernel:
         if not (repeats and rows and inner and columns):
             return 0.0
         compute = repeats * rows * padded(columns, p.block) * (inner * p.gemm_mac + p.gemm_output)
-        stream = 4 * inner * columns * self.weight_byte
-        return p.kernel * (1 + 0.2 * math.log2(max(1, repeats))) + max(compute, stream)
+        weights = 4 * inner * columns
+        missed = weights * self.missed * p.miss_byte * IN_ORDER
+        return p.kernel * (1 + 0.2 * math.log2(max(1, repeats))) + max(compute, weights * self.weight_byte) + missed
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class _Kernels:
         self.varying: set[fx.Node] = set()
         # how far the weights of one run are from the core: by all of the dense network, so that terms stay apart
         convolved, others = _weights(model)
-        self.missed = max(0.0, 1 - profile.reach / convolved) if convolved else 0.0
+        self.missed = max(0.0, 1 - profile.reach / max(1, convolved + others))
         self.weight_byte = _weight_byte(profile, convolved + others)
         # recurrent kernels are those of float32 in an int8 network too
         self.floats = profile.floats or profile
@@ -287,7 +287,9 @@ class _Kernels:
         shape = self.model.shape
         weight = shape(node.args[1])  # type: ignore[arg-type]  # [out, in]
         rows = product_of(shape(node)[:-1])
-        self.terms.append(GemmKernel(node.name, self.profile, ONE, rows, weight[1], weight[0], self.weight_byte))
+        self.terms.append(
+            GemmKernel(node.name, self.profile, ONE, rows, weight[1], weight[0], self.weight_byte, self.missed)
+        )
         biased = len(node.args) > 2 and node.args[2] is not None
         if biased and len(node.users) == 1 and self._norm_behind(next(iter(node.users))) is not None:
             return  # it is added there as well
@@ -303,8 +305,8 @@ class _Kernels:
         repeats = ONE if weights else product_of(out[:-2])
         rows = product_of(left[:-1]) if weights else product_of(out[-2:-1])
         columns = right[-1] if len(right) > 1 else ONE
-        stream = self.weight_byte if weights else 0.0
-        self.terms.append(GemmKernel(node.name, self.profile, repeats, rows, left[-1], columns, stream))
+        stream, missed = (self.weight_byte, self.missed) if weights else (0.0, 0.0)
+        self.terms.append(GemmKernel(node.name, self.profile, repeats, rows, left[-1], columns, stream, missed))
 
     def _attention(self, node: fx.Node) -> None:
         query, key, value = (shape_of(self.model, operand) for operand in node.args[:3])
@@ -371,10 +373,14 @@ def shape_of(model: CostModel, node: Any) -> tuple[Product, ...]:
 
 
 def _weights(model: CostModel) -> tuple[int, int]:
-    """Return the bytes of weights that convolutions read in one run, and those that everything else reads."""
+    """Return the bytes of weights that convolutions read in one run, and those that everything else reads.
+
+    Of the table of an embedding next to nothing is read.
+    """
     bytes_of = {True: 0, False: 0}
     for node in model.graph.nodes:
-        if node.op == "get_attr" and model.is_tensor(node):
+        looked_up = all(user.target is aten.embedding.default for user in node.users)
+        if node.op == "get_attr" and model.is_tensor(node) and not looked_up:
             convolved = any(user.target in CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION for user in node.users)
             value = model.values[node]
             bytes_of[convolved] += value.numel() * value.element_size()
