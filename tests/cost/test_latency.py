@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfe_fx.cost.device import Device
-from kfe_fx.cost.kernels import CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
+from kfe_fx.cost.kernels import IN_ORDER, CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.probes import Fingerprint
 from kfe_fx.cost.profile import ELEMENT_FACTORS, Profile
@@ -75,6 +75,21 @@ def test_kernels_of_one_element_have_a_rate_of_their_own():
 def test_weights_that_no_cache_holds_are_read_from_afar():
     near, far = (ConvKernel("c", PLAIN, 4, 9, *[Product(64)] * 3, missed=missed).cost([]) for missed in (0.0, 0.5))
     assert far - near == pytest.approx(4 * 9 * 64 * 64 * 0.5 * PLAIN.miss_byte)
+    near, far = (GemmKernel("g", PLAIN, ONE, *[Product(64)] * 3, missed=missed).cost([]) for missed in (0.0, 0.5))
+    assert far - near == pytest.approx(4 * 64 * 64 * 0.5 * PLAIN.miss_byte * IN_ORDER)
+
+
+def test_weights_that_are_read_in_a_run_are_those_that_may_be_missed():
+    table = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 16))
+    made = case(table, torch.zeros(2, 3, dtype=torch.long))
+    small, tight = Profile(), replace(Profile(), reach=4.0 * 16 * 17 / 2)
+    missed = [
+        term.missed
+        for profile in (small, tight)
+        for term in RooflineLatency(made.model, profile).terms()
+        if isinstance(term, GemmKernel)
+    ]
+    assert missed == [0.0, 0.5]
 
 
 def test_lone_blocks_of_output_cost_a_little_more():
