@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kfe_fx.cost.profile import Profile
 from kfe_fx.cost.widths import Product
 
-IN_ORDER = 0.25  # what a byte that no cache holds costs a product, of what it costs a convolution: it reads on and on
+UNHIDDEN = 0.25  # of reading weights that no cache holds, behind the multiplications that take longer, and of these
 
 
 def padded(size: int, block: int) -> int:
@@ -118,7 +118,10 @@ class GemmKernel:
         return _widths(self.repeats, self.rows, self.inner, self.columns)
 
     def cost(self, sizes: Sequence[int]) -> float:
-        """Return nanoseconds, the larger of computing (columns padded to the block) and of streaming the weights."""
+        """Return nanoseconds, the larger of computing (columns padded to the block) and of streaming the weights.
+
+        Weights that come from afar are not quite hidden behind the computing, nor it behind them.
+        """
         p = self.profile
         repeats, rows = self.repeats.at(sizes), self.rows.at(sizes)
         inner, columns = self.inner.at(sizes), self.columns.at(sizes)
@@ -126,8 +129,9 @@ class GemmKernel:
             return 0.0
         compute = repeats * rows * padded(columns, p.block) * (inner * p.gemm_mac + p.gemm_output)
         weights = 4 * inner * columns
-        missed = weights * self.missed * p.miss_byte * IN_ORDER
-        return p.kernel * (1 + 0.2 * math.log2(max(1, repeats))) + max(compute, weights * self.weight_byte) + missed
+        missed = weights * self.missed * p.miss_byte
+        longer = max(compute, weights * self.weight_byte + missed)
+        return p.kernel * (1 + 0.2 * math.log2(max(1, repeats))) + longer + UNHIDDEN * min(compute, missed)
 
 
 @dataclass(frozen=True)

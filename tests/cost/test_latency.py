@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfe_fx.cost.device import Device
-from kfe_fx.cost.kernels import IN_ORDER, CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
+from kfe_fx.cost.kernels import UNHIDDEN, CallKernel, ConvKernel, ElementKernel, GemmKernel, RecurrentKernel
 from kfe_fx.cost.latency import RooflineLatency
 from kfe_fx.cost.probes import Fingerprint
 from kfe_fx.cost.profile import ELEMENT_FACTORS, Profile
@@ -76,7 +76,10 @@ def test_weights_that_no_cache_holds_are_read_from_afar():
     near, far = (ConvKernel("c", PLAIN, 4, 9, *[Product(64)] * 3, missed=missed).cost([]) for missed in (0.0, 0.5))
     assert far - near == pytest.approx(4 * 9 * 64 * 64 * 0.5 * PLAIN.miss_byte)
     near, far = (GemmKernel("g", PLAIN, ONE, *[Product(64)] * 3, missed=missed).cost([]) for missed in (0.0, 0.5))
-    assert far - near == pytest.approx(4 * 64 * 64 * 0.5 * PLAIN.miss_byte * IN_ORDER)
+    assert far - near == pytest.approx(4 * 64 * 64 * 0.5 * PLAIN.miss_byte * UNHIDDEN)
+    few = GemmKernel("g", PLAIN, ONE, ONE, Product(64), Product(64), missed=0.5).cost([])
+    computing = 64 * (64 * PLAIN.gemm_mac + PLAIN.gemm_output)
+    assert few == pytest.approx(4 * 64 * 64 * 0.5 * PLAIN.miss_byte + UNHIDDEN * computing)
 
 
 def test_weights_that_are_read_in_a_run_are_those_that_may_be_missed():
