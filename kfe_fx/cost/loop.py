@@ -60,9 +60,10 @@ def close_loop(
 
     ``solve(p)`` selects for a predicted ratio ``p``; ``build_and_measure`` gives the measured ratio of a selection. The
     first ``p`` is ``target``; then ``log p`` moves by the damped miss ``log(target / measured)``; from the second turn
-    on ``p`` moves to where the line through two turns, on both sides of the target for choice, meets it. A selection
-    that was measured before is not measured again: ``p`` moves on until another comes, or the loop ends. Of several
-    turns outside the tolerance the one nearest below the budget is kept before any above it.
+    on ``p`` moves to where the line through two turns, on both sides of the target for choice, meets it. What seems to
+    lie within the tolerance is measured once more, and the mean counts. A selection that was turned down is not
+    measured again: ``p`` moves on until another comes, or the loop ends. Of several turns outside the tolerance the one
+    nearest below the budget is kept before any above it.
 
     Raises:
         UsageError: a target outside (0, 1], a tolerance or a number of turns that mean nothing.
@@ -77,7 +78,10 @@ def close_loop(
     asked, reason = target, f"{turns} turns were not enough"
     selection: Selection | None = solve(asked)
     while selection is not None:
-        turn = Turn(asked, selection, build_and_measure(selection))
+        measured = build_and_measure(selection)
+        if abs(measured / target - 1) <= tolerance:  # chance lands there as well
+            measured = (measured + build_and_measure(selection)) / 2
+        turn = Turn(asked, selection, measured)
         done.append(turn)
         if progress is not None:
             progress(turn)

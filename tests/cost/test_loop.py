@@ -39,7 +39,17 @@ def test_a_right_prediction_takes_one_turn():
     machine = Machine(lambda p: p)
     result = machine.loop(0.5)
     assert result.within
-    assert (len(result.turns), machine.measured) == (1, 1)
+    assert (len(result.turns), machine.measured) == (1, 2)  # what lands is measured once more
+
+
+def test_what_landed_by_luck_goes_on():
+    found = iter([0.51, 0.61])
+    machine = Machine(lambda p: next(found, 1.12 * p))
+    result = machine.loop(0.5)
+    assert result.turns[0].measured == pytest.approx(0.56)
+    assert result.within
+    assert abs(1.12 * result.selection.predicted / 0.5 - 1) <= 0.05
+    assert machine.measured == len(result.turns) + 2
 
 
 @pytest.mark.parametrize("target", [0.7, 0.5, 0.35])
@@ -75,7 +85,8 @@ def test_a_staircase_ends_at_the_nearest_tread(tread: int):
     reachable = [1.1 * (1 - n * tread / 1000) for n in range(1000 // tread + 1)]
     below = max(value for value in reachable if value <= 0.5 * 1.02)
     assert result.measured == pytest.approx(below)
-    assert machine.measured == len({turn.selection.removed for turn in result.turns})  # none is measured twice
+    assert len(result.turns) == len({turn.selection.removed for turn in result.turns})  # none has two turns
+    assert machine.measured == len(result.turns) + result.within
 
 
 def test_the_loop_ends_when_nothing_new_comes():
