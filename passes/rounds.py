@@ -319,9 +319,7 @@ class Rounds:
             "removed": len(selection.removed) - len(before.removed),
             **({"dropped": list(selection.dropped)} if selection.dropped else {}),
             **({} if selection.step is None else {"step": selection.step}),
-            **(
-                {"negative": wanted} if (wanted := unasked(settings, selection, scores, before.removed, ratios)) else {}
-            ),
+            **({"negative": wanted} if wanted else {}),
             "masked_error": error,
             "predicted_loss": selection.loss,
             **cut.facts,

@@ -75,7 +75,7 @@ def _without_branches(program: Program, plan: Plan) -> Program:
 def _narrow_states(program: Program, before: Program) -> None:
     """Cut the example inputs and the calibration sample of a Program whose states lost units ``before`` still has."""
     names = program.signature.input_names
-    cut = lambda flat: [narrow_input(program, name, value, before) for name, value in zip(names, flat, strict=True)]  # noqa: E731
+    cut = lambda flat: [narrow_input(program, name, value, before) for name, value in zip(names, flat, strict=True)]
     program.example_inputs = pack(program.signature.inputs, cut(program.flat_examples()))
     if "calibration" in program.extras:
         inputs, targets = program.extras["calibration"]

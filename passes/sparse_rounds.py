@@ -69,7 +69,7 @@ class SparsityCertificate(Certificate):
 
     def rounds_table(self) -> list[tuple[str, ...]]:
         """Return a row per round: number, sparsity, change of the loss as predicted and as realised, loss after."""
-        told = lambda value: "" if value is None else f"{value:+.4g}"  # noqa: E731
+        told = lambda value: "" if value is None else f"{value:+.4g}"
         return [
             (
                 str(number),

@@ -128,7 +128,7 @@ class _Kernels:
         if node.target in CONVOLUTIONS | TRANSPOSED | ANY_CONVOLUTION:
             self._convolution(node)
             return
-        vanishes = node.target in _PASSES_ON or (node.target in PADS and _is_folded(node))
+        vanishes = node.target in _PASSES_ON or (node.target in PADS and _is_folded(node, self.model))
         if vanishes or node.target in FREE or getattr(node.target, "__name__", "") == "getitem":
             if vanishes:
                 self.blocked |= {node} if node.args[0] in self.blocked else set()
@@ -230,9 +230,8 @@ class _Kernels:
         users = list(node.users)
         if node.target is not aten.add.Tensor or [user.target for user in users] != [aten.layer_norm.default]:
             return None
-        fits = self.model.values[node].dim() in (2, 3) and self._same_shapes(node)
-        scaled = argument(users[0], 2, "weight") is not None and len(users[0].args[1]) == 1  # type: ignore[arg-type]
-        return users[0] if fits and scaled and users[0].args[0] is node else None
+        fits = self.model.values[node].dim() == 3 and self._same_shapes(node)
+        return users[0] if fits and len(argument(users[0], 1, "normalized_shape")) == 1 else None
 
     def _elements(self, node: fx.Node, stays: bool) -> None:
         shape = self.model.shape
@@ -393,7 +392,7 @@ def _weight_byte(profile: Profile, weights: int) -> float:
     return profile.near_byte + far * (profile.weight_byte - profile.near_byte)
 
 
-def _is_folded(node: fx.Node) -> bool:
+def _is_folded(node: fx.Node, model: CostModel) -> bool:
     """Tell whether ONNX Runtime pads inside the convolutions behind it, or not at all because nothing is added."""
     sizes, named = list(argument(node, 1, "pad")), node.target is aten.pad.default
     if any(not isinstance(size, int) or size < 0 for size in sizes):
@@ -401,7 +400,8 @@ def _is_folded(node: fx.Node) -> bool:
     mode = argument(node, 2, "mode", "constant") if named else "constant"
     value = argument(node, 3 if named else 2, "value")
     folds = all(user.target in CONVOLUTIONS and not is_transposed(user) for user in node.users)
-    return not any(sizes) or (mode == "constant" and not value and len(sizes) <= 4 and folds)
+    beyond = any(sizes[2 * (len(model.shape(node)) - 2) :])  # batch or channels are padded
+    return not any(sizes) or (mode == "constant" and not value and not beyond and folds)
 
 
 def _name(node: fx.Node) -> str:

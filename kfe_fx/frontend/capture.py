@@ -133,7 +133,7 @@ def _check_same(module: nn.Module, program: Program) -> None:
         torch.manual_seed(0)
         with torch.no_grad():
             found = program(*args, **kwargs)
-    is_tensor = lambda item: isinstance(item, torch.Tensor)  # noqa: E731
+    is_tensor = lambda item: isinstance(item, torch.Tensor)
     for theirs, ours in zip(template_of(expected, is_tensor)[1], template_of(found, is_tensor)[1], strict=False):
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5, equal_nan=True):
             usual = "its forward depends on state or randomness outside the graph"

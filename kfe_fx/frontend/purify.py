@@ -122,7 +122,7 @@ class _Purifier:
         parent = self.parent[node]
         args, kwargs = node.meta.get("original", (node.args, node.kwargs))
         fresh = self._now(parent)
-        swap = lambda arg: fresh if arg is parent else arg  # noqa: E731
+        swap = lambda arg: fresh if arg is parent else arg
         made = self.graph.call_function(node.target, map_arg(args, swap), map_arg(kwargs, swap))  # type: ignore[arg-type]
         made.meta = {key: value for key, value in node.meta.items() if key != "original"}
         self.current[node] = (version, made)

@@ -287,7 +287,7 @@ class Finder:
         return frozenset(np.flatnonzero(dead[:-1]).tolist())
 
     def _vanished(self, cuts: dict[str, _Cut]) -> list[str]:
-        canonical = lambda names: {self.aliases.get(name, (name,))[0] for name in names}  # noqa: E731
+        canonical = lambda names: {self.aliases.get(name, (name,))[0] for name in names}
         before = canonical(_tensors({mode: set(graph.nodes) for mode, graph in self.program.graphs.items()}))
         after = canonical(_tensors({mode: cut.alive for mode, cut in cuts.items()}))
         owners = self._dead_modules({mode: self._places(cut.joins) for mode, cut in cuts.items()})

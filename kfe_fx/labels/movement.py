@@ -178,7 +178,7 @@ def indexed(tracker: Tracker, node: fx.Node) -> Any:
     if not simple or numbers[used[0]].dtype == torch.bool:  # type: ignore[union-attr]
         for place in used:
             tracker.freeze(tracker.dims(source)[place], node, "is indexed by a table of numbers")
-    function = lambda tensor: aten.index.Tensor(tensor, [None if value is None else value for value in numbers])  # noqa: E731
+    function = lambda tensor: aten.index.Tensor(tensor, [None if value is None else value for value in numbers])
     return _carry(tracker, node, function, [source])  # type: ignore[list-item]
 
 

@@ -129,7 +129,7 @@ class Tracker:
         """Keep the layer with the most classes (free ones last) and freeze the other layers."""
         if len(layers) <= 1:
             return layers
-        rank = lambda layer: (not self.classes.is_free(layer), self.classes.distinct(layer))  # noqa: E731
+        rank = lambda layer: (not self.classes.is_free(layer), self.classes.distinct(layer))
         best = max(layers, key=rank)
         for layer in layers:
             if layer is not best:

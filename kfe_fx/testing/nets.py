@@ -70,7 +70,7 @@ class Folded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of the classes."""
         n, t, d = x.shape
-        body = lambda rows: self.second(F.relu(self.first(rows)))  # noqa: E731
+        body = lambda rows: self.second(F.relu(self.first(rows)))
         if self.layout == "outer":
             return body(x.reshape(n * t, d)).reshape(n, t, -1).mean(1)
         if self.layout == "inner":

@@ -210,7 +210,7 @@ class Trainer:
         outputs = pack(module.signature.outputs[mode], flat)
         taught = teacher.term(outputs, activations, batch)
         if getattr(self.optimizer, "source", "") == "sampled":
-            self.optimizer.sample(outputs, teacher.likelihood, batch.targets)  # type: ignore[attr-defined]
+            self.optimizer.sample(outputs, teacher.likelihood, batch.targets)  # type: ignore[attr-defined]  # of Preconditioned
         else:
             self._scale(teacher.loss.name if teacher.weight == 1 else self.loss.name, outputs, batch.count)
         if teacher.weight == 1:

@@ -223,6 +223,64 @@ def test_a_padding_costs_what_onnxruntime_leaves_of_it(tmp_path: Path):
     assert kinds(made)["ElementKernel relu6"] == 1  # out of the blocked layout, for the padding that stays
 
 
+class Normed(nn.Module):
+    """A sum inside one layer norm."""
+
+    def __init__(self, shape: tuple[int, ...], kind: str) -> None:
+        super().__init__()
+        self.last = nn.Linear(shape[-1], shape[-1])
+        over = shape[-2:] if kind == "two dims" else shape[-1:]
+        self.norm = nn.LayerNorm(over, elementwise_affine=kind != "bare", bias=kind != "unbiased")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + torch.tanh(self.last(x)))
+
+
+@pytest.mark.parametrize("kind", ["affine", "bare", "unbiased", "two dims"])
+@pytest.mark.parametrize("shape", [(4, 16), (2, 5, 16), (2, 3, 5, 16)])
+def test_sums_run_inside_norms_where_onnxruntime_fuses_them(kind: str, shape: tuple[int, ...], tmp_path: Path):
+    made = case(Normed(shape, kind), torch.randn(shape))
+    fused = run_by_onnxruntime(made, tmp_path)["SkipLayerNormalization"]
+    assert kinds(made)["ElementKernel add"] == 1 - fused
+
+
+class Pad(nn.Module):
+    """A padding before one convolution or two that read the same."""
+
+    def __init__(self, rank: int, pad: tuple[int, ...], value: float, readers: int) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        self.padded = lambda x: F.pad(x, pad, value=value)
+        wide = 3 + (sum(pad[2 * rank :]) if len(pad) > 2 * rank else 0)
+        self.readers = nn.ModuleList(kind(wide, 16, 3) for _ in range(readers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.padded(x)
+        return sum(reader(x) for reader in self.readers).flatten(2).mean(2)  # type: ignore[union-attr]  # never empty
+
+
+@pytest.mark.parametrize(
+    ("rank", "pad", "value", "readers"),
+    [
+        (1, (2, 1), 0.0, 1),
+        (2, (0, 1, 0, 1), 0.0, 1),
+        (3, (1, 1, 0, 2, 1, 0), 0.0, 1),
+        (2, (1, 1, 1, 1, 0, 0), 0.0, 1),
+        (2, (0, 0, 0, 0, 0, 2), 0.0, 1),
+        (2, (1, 1), 0.0, 2),
+        (2, (1, 1, 1, 1), 1.0, 1),
+        (2, (-1, -1, 1, 1), 0.0, 1),
+        (1, (0, 0, 1, 1), 0.0, 1),
+    ],
+)
+def test_paddings_run_inside_convolutions_where_onnxruntime_folds_them(
+    rank: int, pad: tuple[int, ...], value: float, readers: int, tmp_path: Path
+):
+    made = case(Pad(rank, pad, value, readers), torch.randn(2, 3, *([9] * rank)))
+    left = sum(kinds(made)[f"ElementKernel {name}"] for name in ("pad", "constant_pad_nd"))
+    assert left == run_by_onnxruntime(made, tmp_path)["Pad"]
+
+
 @pytest.mark.parametrize("made", [conv_case, attention_case, residual_case])
 def test_blocks_removed_save_time(made):
     network = made()

@@ -79,7 +79,7 @@ def test_scores_of_units_are_those_of_brute_force(name: str, loss: str):
     program, x = program_of(name)
     g, h = brute(program, x, loss)
     context = context_of(program, x, F.one_hot(TARGETS, CLASSES).double() if loss == "mse" else TARGETS)
-    close = lambda criterion, expected: np.testing.assert_allclose(  # noqa: E731
+    close = lambda criterion, expected: np.testing.assert_allclose(
         score(criterion, context), expected, rtol=1e-9, atol=1e-15
     )
     close("lm", np.abs(g.mean(0)))

@@ -36,7 +36,7 @@ def context_of(name: str, loss=None, targets: torch.Tensor | None = TARGETS) -> 
 def test_taylor_and_fisher_are_means_over_examples(name: str):
     context = context_of(name)
     _, x = program_of(name)
-    loss = lambda outputs, n: F.cross_entropy(outputs[0], TARGETS[n : n + 1])  # noqa: E731
+    loss = lambda outputs, n: F.cross_entropy(outputs[0], TARGETS[n : n + 1])
     rows = expected_gradients(context.program, context.analysis, [x], loss)
     np.testing.assert_allclose(score("taylor", context), np.abs(rows).mean(0), rtol=1e-10)
     np.testing.assert_allclose(score("fisher", context), 0.5 * (rows**2).mean(0), rtol=1e-10)
@@ -52,7 +52,7 @@ def unlike_any(outputs, targets):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_reduction_of_a_loss_does_not_matter(reduction: str):
     expected = score("fisher", context_of("outer"))
-    plain = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction=reduction)  # noqa: E731
+    plain = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction=reduction)
     for loss in (plain, nn.CrossEntropyLoss(reduction=reduction)):
         np.testing.assert_allclose(score("fisher", context_of("outer", loss)), expected, rtol=1e-10)
 

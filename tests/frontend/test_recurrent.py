@@ -86,7 +86,7 @@ def test_every_option_at_every_batch_and_length(
     options |= {"proj_size": proj} if kind == "lstm" and proj else {}
     options |= {"nonlinearity": "relu"} if kind == "rnn" and relu else {}
     net = Wrapped(layer_of(kind, **options)).double().eval()
-    shape = lambda sizes: (*(sizes if first else sizes[::-1]), 3)  # noqa: E731
+    shape = lambda sizes: (*(sizes if first else sizes[::-1]), 3)
     program = capture(net, torch.randn(shape(example)).double())
     assert program.axes == {"x": {0: "batch", 1: "time"} if first else {0: "time", 1: "batch"}}
     assert program.batch_axes() == {"batch"}

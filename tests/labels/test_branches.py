@@ -64,7 +64,7 @@ def test_the_units_are_all_that_die() -> None:
     """Either floor of a bottleneck makes it constant; both belong to the branch, the width of the stream does not."""
     analysis = analysed(FAMILIES["bottleneck"].make(), IMAGE)
     (branch,) = find_branches(analysis)
-    slices = lambda name: {unit.id for unit in analysis.units if 0 in unit.slices.get(name, {})}  # noqa: E731
+    slices = lambda name: {unit.id for unit in analysis.units if 0 in unit.slices.get(name, {})}
     assert branch.units == slices("blocks.0.conv1.weight") | slices("blocks.0.conv2.weight")
     assert examine(analysis, slices("blocks.0.conv1.weight")).units == branch.units
     assert examine(analysis, slices("blocks.0.conv2.weight")).units == branch.units

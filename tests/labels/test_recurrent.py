@@ -66,7 +66,7 @@ def net_of(kind: str, head: str = "last", **options: Any) -> nn.Module:
 @pytest.mark.parametrize("kind", sorted(LAYERS))
 def test_a_hidden_unit_is_its_gate_rows_its_column_and_what_reads_it(kind: str) -> None:
     analysis = analyze(capture(net_of(kind, num_layers=2), torch.randn(2, 5, 3).double()))
-    rows = lambda k: tuple(k + 6 * gate for gate in range(GATES[kind]))  # noqa: E731
+    rows = lambda k: tuple(k + 6 * gate for gate in range(GATES[kind]))
     for k in range(6):
         first: dict[str, Any] = {f"layer.{name}_l0": {0: rows(k)} for name in ("weight_ih", "bias_ih", "bias_hh")}
         first |= {"layer.weight_hh_l0": {0: rows(k), 1: (k,)}, "layer.weight_ih_l1": {1: (k,)}}
@@ -146,7 +146,7 @@ NORMS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "options"), NORMS)
 def test_batch_normalised_layers_lose_every_row_of_their_statistics(kind: str, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     program = capture(net_of(kind, "mean", num_layers=2, bidirectional=True), draw(2, 5, 3))
     normal = BatchnormRecurrent(data=(draw(20, 7, 3), None), **options).run(program).program.train()
     optimizer = torch.optim.SGD(normal.module().parameters(), 0.05)

@@ -61,7 +61,7 @@ def test_known_ratio_under_drift_and_interruptions():
 
 def test_a_palindrome_cancels_linear_drift():
     # turns at times 0, 1 | 2, 3 in the order A B B A; cost grows by 10 % a turn
-    cost = lambda turn: math.exp(0.1 * turn)  # noqa: E731
+    cost = lambda turn: math.exp(0.1 * turn)
     first = np.array([cost(0), cost(3)])
     other = np.array([2 * cost(1), 2 * cost(2)])
     assert block_ratios(first, other) == pytest.approx([2.0])
