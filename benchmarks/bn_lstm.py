@@ -265,7 +265,11 @@ def main() -> None:
     for name in arguments.tasks or list(TASKS):
         found[name] = measure(name, arguments.out / "bn_lstm.json")
         print(table(name, found[name]), flush=True)
-    (arguments.out / "bn_lstm.md").write_text("\n".join(table(name, cells) for name, cells in found.items()))
+    told = [
+        "# Batch-normalised LSTMs beside the plain one\n\n`python benchmarks/bn_lstm.py`\n",
+        *(table(name, cells) for name, cells in found.items()),
+    ]
+    (arguments.out / "bn_lstm.md").write_text("\n".join(told))
     plot(found, arguments.out / "bn_lstm.png")
 
 
