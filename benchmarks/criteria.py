@@ -139,7 +139,7 @@ class Bench:
     def __init__(self, name: str, out: Path) -> None:
         self.name, self.program = name, network(name, out)
         self.session = make_session(onnx_bytes(self.program), threads=1)
-        self.shared: Shared | None = None
+        self.shared, self.scored_by = Shared(), ("", -1)
 
     def latency(self, small: kfe_fx.Program) -> float:
         sessions = [self.session, make_session(onnx_bytes(small), threads=1)]
@@ -156,12 +156,14 @@ class Bench:
             self.program, budget=budget, criterion=criterion, data=self.scored(seed),
             val=tuple(part[:2] for part in held()), epochs=0, seed=seed,
         )  # fmt: skip
-        shared = Shared(stopwatch=None if self.shared is None else self.shared.stopwatch)
-        started = time.process_time()
-        small, plan, certificate = Rounds(job.program, job.settings, job.data, None, shared).run()
-        seconds, self.shared = time.process_time() - started, shared
+        if (criterion, seed) != self.scored_by:  # budgets share the scores
+            harms = self.shared.harms if seed == self.scored_by[1] else {}
+            self.shared, self.scored_by = Shared(stopwatch=self.shared.stopwatch, harms=harms), (criterion, seed)
+        fresh, started = self.shared.scored is None, time.process_time()
+        small, plan, certificate = Rounds(job.program, job.settings, job.data, None, self.shared).run()
+        seconds = {"cpu s": time.process_time() - started} if fresh else {}
         row = {"after removal": accuracy(bare(self.program, plan), BROKEN), "after repair": accuracy(small)}
-        row |= {"latency": self.latency(small), "cpu s": seconds}
+        row |= {"latency": certificate.measured["latency"]["ratio"]} | seconds
         row["macs"] = certificate.after["macs"] / certificate.before["macs"]
         return small, row | {"dropped": list(plan.dropped), "loss": certificate.loss}
 
@@ -222,8 +224,8 @@ def wanted(rows: dict[str, Any], args: argparse.Namespace) -> Iterable[tuple[str
     for net in args.nets:
         chosen = args.criteria or (every if net == "resnet" else best(rows, every))
         for seed in args.seeds or (SEEDS if net == "resnet" and not args.peer else SEEDS[:1]):
-            for budget in args.budgets:
-                for method in chosen:
+            for method in chosen:
+                for budget in args.budgets:
                     yield net, budget, method, seed
 
 

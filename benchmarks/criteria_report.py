@@ -198,7 +198,8 @@ class Report:
             shown = " | ".join(_spread([row[when] for row in each]) for when in WHEN)
             peer = " (Torch-Pruning)" if method in PEERS else ""
             macs = f"{_mean(each, 'macs'):.3f}" if "macs" in each[0] else ""
-            cpu = f"{_mean(each, 'cpu s'):.0f}" if "cpu s" in each[0] else ""
+            timed = [row for row in each if "cpu s" in row]  # those that scored
+            cpu = f"{_mean(timed, 'cpu s'):.0f}" if timed else ""
             lines.append(f"| {method}{peer} | {len(each)} | {_mean(each, 'latency'):.3f} | {macs} | {shown} | {cpu} |")
         return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -90,10 +90,11 @@ class Mark:
 
 @dataclass
 class Shared:
-    """What several runs on one dense network have in common: its scores and factors, and what measures it."""
+    """What runs on one dense network and sample have in common: scores and factors, and what measures the network."""
 
     scored: Scored | None = None  # its factors repair every network that it chooses
     stopwatch: Stopwatch | None = None
+    harms: dict[str, float] = field(default_factory=dict)  # by branch
 
 
 class Rounds:
@@ -366,8 +367,12 @@ class Rounds:
             return ()
         self.progress("trying whole branches", None)
 
+        harms = self.shared.harms if self.state.shallow is self.whole else {}
+
         def harm(name: str) -> float:
-            return self.trial.harm(self.state.small, self.selector.branches[name])
+            if name not in harms:
+                harms[name] = self.trial.harm(self.state.small, self.selector.branches[name])
+            return harms[name]
 
         def judge(names: tuple[str, ...]) -> tuple[bool, float]:
             selection = self._select(scores, self.ratios, names)
