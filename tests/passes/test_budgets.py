@@ -22,6 +22,7 @@ from kfe_fx.passes import stopwatch
 from kfe_fx.passes.pareto import pareto
 from kfe_fx.passes.prune import prepare
 from kfe_fx.passes.rounds import Rounds
+from kfe_fx.passes.trial import Trial
 from kfe_fx.plan import read_plan
 
 X = torch.randn(2, 3, 12, 12)
@@ -405,11 +406,17 @@ def test_points_of_one_scoring_and_the_one_that_is_built(tmp_path: Path) -> None
         read_plan(tmp_path / "net.pareto.json", "macs=0.9")
 
 
-def test_every_point_is_repaired_as_a_run_of_its_own() -> None:
-    """The factors that the first point was scored with repair the others too."""
+@pytest.mark.parametrize("depth", [False, True])
+def test_every_point_is_what_a_run_of_its_own_gives(depth: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors and the branches' harm that the first point was chosen with serve the others too."""
     data, val = ((torch.randn(64, 3, 12, 12), torch.randint(0, 4, (64,))) for _ in range(2))
-    options = {"criterion": "kron-obs", "data": data, "val": val, "depth": False}
+    options = {"criterion": "kron-obs", "data": data, "val": val, "depth": depth}
+    asked, harm = [], Trial.harm
+    monkeypatch.setattr(
+        Trial, "harm", lambda self, program, branch: asked.append(branch) or harm(self, program, branch)
+    )
     front = pareto(made(), X, budgets=("macs=0.8", "macs=0.5", "macs=0.3"), **options)
+    assert len(asked) == (3 if depth else 0)  # one for each block
     for point in front.points:
         alone = prune(made(), X, budget=str(point.budget), epochs=0, rounds=1, **options).certificate
         assert point.certificate.rounds == alone.rounds
