@@ -11,10 +11,10 @@ scores 1,024 examples; kfe-fx selects to a budget of ONNX Runtime's latency (one
 loop, whole branches included. Accuracy on 10,000 held-out glyphs (right after the removal 2,000) is told after the
 removal, after repair (means and fits in closed form, no training), and after the same fine-tuning for all: AdamW, 2
 epochs of 5,000 glyphs, a cosine down to zero from the rate that ``rates`` found best for the tool at the budget, on
-other glyphs (``RATES``; what is repaired wants small steps, what is not large ones). Torch-Pruning gets its ratio by
-bisection until it measures the same latency, widths in multiples of 16, and, in place of repair, re-estimated
-statistics; over all layers at once (global), each layer alike (local), or only what is not the residual stream (inner).
-Seeds draw examples and their order.
+other glyphs (``RATES``; what is repaired wants small steps, what is not large ones). Torch-Pruning gets the
+ratio at which it measures the same latency, widths in multiples of the device's step, and, in place of repair,
+re-estimated statistics; over all layers at once (global), each layer alike (local), or only what is not the residual
+stream (inner). Seeds draw examples and their order. What one seed is measured on should be one machine: steps differ.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import kfe_fx
+from kfe_fx.cost.device import this_device
 from kfe_fx.criteria import names
 from kfe_fx.models.tasks import GLYPHS
 from kfe_fx.passes.drop_branches import DropBranches
@@ -57,7 +58,8 @@ SEEDS = (0, 1, 2)
 BEST = 6  # criteria (and settings of the peer) that the other networks get, by what they leave on the ResNet
 RATES = {"kfe-fx": {0.5: 1e-4, 0.3: 1e-4, 0.15: 1e-3}, "peer": {0.5: 1e-3, 0.3: 1e-3, 0.15: 3e-3}}
 TRAINING, HELD, BROKEN, EPOCHS, SCORED = 5_000, 10_000, 2_000, 2, 1024
-NEAR, FINEST, TRIES = 0.02, 0.01, 9  # of the peer's bisection: in latency, in its ratio
+UNTOLD = ("dropped", "loss", "machine")  # while it runs
+NEAR, FINEST, TRIES = 0.02, 0.01, 9  # of the search for the peer's ratio: in latency, in the ratio
 
 
 class VGG(nn.Module):
@@ -133,6 +135,19 @@ def bare(program: kfe_fx.Program, plan: kfe_fx.Plan) -> kfe_fx.Program:
     return Shrink(replace(plan, dropped=())).run(program).program
 
 
+def bracket(tried: dict[float, float], budget: float) -> tuple[float, float]:
+    """Return the largest ratio that measured above the budget, and the smallest one beyond it that measured below."""
+    low = max(ratio for ratio, found in tried.items() if found >= budget)
+    return low, min((ratio for ratio, found in tried.items() if found < budget and ratio > low), default=0.99)
+
+
+def between(tried: dict[float, float], budget: float) -> float:
+    """Return the next ratio to try: where the line through both ends of the bracket meets the budget."""
+    low, high = bracket(tried, budget)
+    slope = (tried.get(high, 0.02) - tried[low]) / (high - low)
+    return min(max(low + (budget - tried[low]) / slope, low + 0.15 * (high - low)), high - 0.15 * (high - low))
+
+
 class Bench:
     """One network and the session that candidates are measured against."""
 
@@ -140,6 +155,7 @@ class Bench:
         self.name, self.program = name, network(name, out)
         self.session = make_session(onnx_bytes(self.program), threads=1)
         self.shared, self.scored_by = Shared(), ("", -1)
+        self.tried: dict[tuple[str, int], dict[float, float]] = {}
 
     def latency(self, small: kfe_fx.Program) -> float:
         sessions = [self.session, make_session(onnx_bytes(small), threads=1)]
@@ -170,15 +186,16 @@ class Bench:
     def peer(self, setting: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:
         """Prune with Torch-Pruning to the same latency and re-estimate statistics."""
         images, scored = GLYPHS.draw(2, 0)[0], self.scored(seed)
-        low, high, best = 0.0, 0.99, None
+        tried = self.tried.setdefault((setting, seed), {0.0: 1.0})  # budgets share what was measured
+        best: tuple[float, float, kfe_fx.Program] | None = None
         for _ in range(TRIES):
-            ratio = (low + high) / 2
-            module = pruned_by_peer(self.module(), setting, ratio, seed, scored)
+            ratio = between(tried, budget)
+            module = pruned_by_peer(self.module(), setting, ratio, seed, scored, this_device().step)
             small = kfe_fx.capture(module.eval(), images)
-            found = self.latency(small)
+            found = tried[ratio] = self.latency(small)
             if best is None or abs(math.log(found / budget)) < abs(math.log(best[0] / budget)):
                 best = found, ratio, small
-            low, high = (low, ratio) if found < budget else (ratio, high)
+            low, high = bracket(tried, budget)
             if abs(found / budget - 1) <= NEAR or high - low < FINEST:
                 break
         assert best is not None
@@ -277,10 +294,11 @@ class Grid:
             self.keep(f"dense {net}", 100 * float(marks.mean()), packed(marks))
         try:
             row, marks = getattr(self.benches[net], part)(method, budget, seed)
+            row["machine"] = f"{this_device().fingerprint.cpu}, steps of {this_device().step}"
         except ERRORS as error:
             row, marks = {"failed": f"{type(error).__name__}: {error}"[:500]}, ""
         self.keep(key, row, marks)
-        print(key, {name: value for name, value in row.items() if name not in ("dropped", "loss")}, flush=True)
+        print(key, {name: value for name, value in row.items() if name not in UNTOLD}, flush=True)
 
 
 def _write(place: Path, found: dict[str, Any]) -> None:

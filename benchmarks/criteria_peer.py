@@ -19,9 +19,9 @@ STREAM = ("stem.0", "conv2", "shortcut.0", "project.0", "patches.6", "attention.
 
 
 def pruned_by_peer(
-    module: nn.Module, setting: str, ratio: float, seed: int, scored: tuple[Tensor, Tensor]
+    module: nn.Module, setting: str, ratio: float, seed: int, scored: tuple[Tensor, Tensor], step: int
 ) -> nn.Module:
-    """Remove a share of all channels with Torch-Pruning, in widths of 16; the classifier's outputs stay."""
+    """Remove a share of all channels with Torch-Pruning, widths in multiples of ``step``; the classes stay."""
     import torch_pruning as tp
 
     kind, scope = setting.split()
@@ -45,7 +45,7 @@ def pruned_by_peer(
         left += [child for name, child in module.named_modules() if name.endswith(STREAM)]
     pruner = tp.pruner.BasePruner(
         module, images[:2], importance=importance, pruning_ratio=ratio, global_pruning=scope == "global",
-        ignored_layers=left, round_to=16, max_pruning_ratio=1.0, num_heads=heads_of(module),
+        ignored_layers=left, round_to=step, max_pruning_ratio=1.0, num_heads=heads_of(module),
     )  # fmt: skip
     if kind == "taylor":
         module.zero_grad()

@@ -188,8 +188,12 @@ class Report:
         return "\n\n".join([*parts, *(["### Failed\n\n" + "\n".join(failed)] if failed else [])])
 
     def _table(self, net: str, budget: float, found: Found) -> str:
+        seeds: dict[str, set[str]] = {}
+        for row in (row for each in found.values() for row in each):
+            seeds.setdefault(row["machine"], set()).add(row["key"].split()[-1])
+        where = "; ".join(f"{name}: seeds {', '.join(sorted(each))}" for name, each in sorted(seeds.items()))
         lines = [
-            f"### {net} at {budget:g} of its latency (dense {self.dense.get(net, math.nan):.2f} %)\n",
+            f"### {net} at {budget:g} of its latency (dense {self.dense.get(net, math.nan):.2f} %)\n\n{where}\n",
             "| chosen by | seeds | latency | MACs | after removal | after repair | fine-tuned | CPU s |",
             "|---" * 8 + "|",
         ]
