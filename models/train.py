@@ -42,7 +42,7 @@ class Recipe:
         rate: highest learning rate of the cycle.
         decay: AdamW's weight decay.
         batch: examples a step.
-        half: run convolutions and matrix products in bfloat16 (weights stay float32).
+        half: run convolutions and matrix products in bfloat16 (weights stay float32), where the processor has AVX-512.
         clip: largest norm of the gradient.
         task: what it is trained on.
         calibration: examples kept in the program file.
@@ -96,6 +96,7 @@ def train(name: str, recipe: Recipe, tell: Callable[[str], None]) -> nn.Module:
     net, _ = build(name)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = recipe.epochs * (EXAMPLES // recipe.batch)
+    half = recipe.half and torch.backends.cpu.get_cpu_capability() == "AVX512"  # others have no LSTM in bfloat16
     optimizer = torch.optim.AdamW(_decayed(net, recipe.decay), lr=recipe.rate, betas=(0.9, 0.98))
     cycle = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cycle(step / steps))
     began = time.monotonic()
@@ -107,7 +108,7 @@ def train(name: str, recipe: Recipe, tell: Callable[[str], None]) -> nn.Module:
             x = inputs[start : start + recipe.batch]
             if x.ndim == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.half):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 logits = net(x)
             loss = _cross_entropy(logits.float(), targets[start : start + recipe.batch])
             optimizer.zero_grad()

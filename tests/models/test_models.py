@@ -190,6 +190,23 @@ def test_training_learns_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch)
     assert lines[0].startswith(f"{name} epoch 1/1 loss ")
 
 
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+def test_half_precision_only_where_the_processor_has_it(capability: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "EXAMPLES", 8)
+    monkeypatch.setattr(train, "measure", lambda net, task, count: {"accuracy": 0.0})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked: list[bool] = []
+    autocast = torch.autocast
+
+    def watched(*args: object, enabled: bool) -> object:
+        asked.append(enabled)
+        return autocast(*args, enabled=False)
+
+    monkeypatch.setattr(torch, "autocast", watched)
+    train.train("rows", dataclasses.replace(train.RECIPES["rows"], epochs=1, batch=8), lambda line: None)
+    assert set(asked) == {capability == "AVX512"}
+
+
 def test_tasks_draw_what_the_specs_of_load_data_do():
     assert torch.equal(train.RECIPES["resnet"].task.draw(5, 3)[0], torch.from_numpy(glyphs(5, 3)[0]))
     for name, spec, example in (

@@ -263,6 +263,8 @@ def test_a_round_that_is_taken_back_leaves_no_figures(trained: Program, monkeypa
     monkeypatch.setattr(Rounds, "_evaluate", lambda self, judge, program: next(values))
     monkeypatch.setattr(Floor, "crossed", lambda self, small, entry: next(floors))
     monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: next(times))
+    final = {"dense_ms": 2.0, "pruned_ms": 1.0, "ratio": 0.5, "interval": [0.5, 0.5]}
+    monkeypatch.setattr(Stopwatch, "_anew", lambda *_: dict(final))
     certificate = run(trained, metric="latency", rounds=2, stop_at_loss=1.0, multiple_of=1).certificate
     told = {"before": 0.9, "right_after": 0.8, "after": 0.85}  # not the 0.1 of the second round
     assert certificate.quality == {"metric": "accuracy", **told}
