@@ -194,17 +194,19 @@ class Report:
         where = "; ".join(f"{name}: seeds {', '.join(sorted(each))}" for name, each in sorted(seeds.items()))
         lines = [
             f"### {net} at {budget:g} of its latency (dense {self.dense.get(net, math.nan):.2f} %)\n\n{where}\n",
-            "| chosen by | seeds | latency | MACs | after removal | after repair | fine-tuned | CPU s |",
-            "|---" * 8 + "|",
+            "| chosen by | seeds | latency | MACs | after removal | after repair | rates | fine-tuned | CPU s |",
+            "|---" * 9 + "|",
         ]
         for method in sorted(found, key=lambda name: -_mean(found[name], "fine-tuned")):
             each = found[method]
-            shown = " | ".join(_spread([row[when] for row in each]) for when in WHEN)
+            removed, repaired, tuned = (_spread([row[when] for row in each]) for when in WHEN)
+            rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in each if "rate" in row}))
             peer = " (Torch-Pruning)" if method in PEERS else ""
             macs = f"{_mean(each, 'macs'):.3f}" if "macs" in each[0] else ""
             timed = [row for row in each if "cpu s" in row]  # those that scored
             cpu = f"{_mean(timed, 'cpu s'):.0f}" if timed else ""
-            lines.append(f"| {method}{peer} | {len(each)} | {_mean(each, 'latency'):.3f} | {macs} | {shown} | {cpu} |")
+            chosen = f"{method}{peer} | {len(each)} | {_mean(each, 'latency'):.3f} | {macs}"
+            lines.append(f"| {chosen} | {removed} | {repaired} | {rates} | {tuned} | {cpu} |")
         return "\n".join(lines)
 
     def scan(self) -> str:
