@@ -17,7 +17,7 @@ import torch
 
 import kfe_fx
 from kfe_fx.cli.main import cli, run
-from kfe_fx.passes.stopwatch import Stopwatch
+from tests.stopwatch import timed
 
 NET = """
 import torch
@@ -169,9 +169,7 @@ def test_latency_is_measured(made: Path, capsys: pytest.CaptureFixture[str]):
 def test_a_latency_that_is_missed_at_last_is_exit_4(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    found = {"dense_ms": 1.0, "pruned_ms": 0.62, "ratio": 0.62, "interval": [0.6, 0.64]}
-    monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: 0.5)
-    monkeypatch.setattr(Stopwatch, "_anew", lambda *_: dict(found))
+    timed(monkeypatch, loop=0.5, anew=0.62)
     assert run(["prune", str(made / "wide.pt"), "--budget=0.5", "-q"]) == 4
     why = "latency is above its limit, now that it is measured anew"
     line = f"the budget 0.5 is out of reach ({why}); the nearest point, 0.620 of the latency, was written"

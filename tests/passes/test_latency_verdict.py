@@ -11,8 +11,8 @@ from torch import nn
 import kfe_fx
 from kfe_fx import prune
 from kfe_fx.passes.floors import Floor
-from kfe_fx.passes.stopwatch import Stopwatch
 from kfe_fx.program import Program
+from tests.stopwatch import timed
 
 X = torch.randn(2, 3, 8, 8)
 DATA = torch.randn(48, 3, 8, 8), torch.arange(48) % 4
@@ -28,14 +28,6 @@ def program() -> Program:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
     return kfe_fx.capture(net.eval(), X)
-
-
-def timed(monkeypatch: pytest.MonkeyPatch, loop: float, anew: float, noise: float = 0.01) -> None:
-    """Let the loop and the last measurement give these ratios."""
-    found = {"dense_ms": 2.0, "pruned_ms": 2.0 * anew, "ratio": anew, "interval": [anew - noise, anew + noise]}
-    found |= {"clock": "cpu", "threads": 1, "batch": 1, "provider": "CPUExecutionProvider", "precision": "fp32"}
-    monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: loop)
-    monkeypatch.setattr(Stopwatch, "_anew", lambda *_: dict(found))
 
 
 def cut(program: Program, budget: Any, **options: Any) -> kfe_fx.PruneResult:

@@ -21,9 +21,9 @@ from kfe_fx.passes.floors import Floor
 from kfe_fx.passes.prune import PruneResult, prepare, prune
 from kfe_fx.passes.rounds import Rounds
 from kfe_fx.passes.schedules import netadapt, round_ratios
-from kfe_fx.passes.stopwatch import Stopwatch
 from kfe_fx.passes.theis import DECAY, Signals
 from kfe_fx.program import Program
+from tests.stopwatch import timed
 
 
 class Net(nn.Module):
@@ -259,12 +259,10 @@ def test_a_round_that_is_taken_back_has_trained_nothing(trained: Program, option
 
 
 def test_a_round_that_is_taken_back_leaves_no_figures(trained: Program, monkeypatch: pytest.MonkeyPatch):
-    values, floors, times = iter((0.9, 0.8, 0.1, 0.85)), iter(("", "stop-at-loss")), iter((0.5, 0.5))
+    values, floors = iter((0.9, 0.8, 0.1, 0.85)), iter(("", "stop-at-loss"))
     monkeypatch.setattr(Rounds, "_evaluate", lambda self, judge, program: next(values))
     monkeypatch.setattr(Floor, "crossed", lambda self, small, entry: next(floors))
-    monkeypatch.setattr(Stopwatch, "_ratio", lambda *_: next(times))
-    final = {"dense_ms": 2.0, "pruned_ms": 1.0, "ratio": 0.5, "interval": [0.5, 0.5]}
-    monkeypatch.setattr(Stopwatch, "_anew", lambda *_: dict(final))
+    timed(monkeypatch, loop=0.5, anew=0.5)
     certificate = run(trained, metric="latency", rounds=2, stop_at_loss=1.0, multiple_of=1).certificate
     told = {"before": 0.9, "right_after": 0.8, "after": 0.85}  # not the 0.1 of the second round
     assert certificate.quality == {"metric": "accuracy", **told}
