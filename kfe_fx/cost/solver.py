@@ -122,7 +122,8 @@ def select_budget(
     state = made[0][1] if len(made) == 1 else JointState([one for _, one, _ in made], [limit for _, _, limit in made])
     limit = made[0][2] if len(made) == 1 else 1.0
     search = Search(state, limit * (1 + _ROUNDING), look_ahead)
-    feasible = _optimise(search, made, exact)
+    # caps, or units that are gone, demand nothing more, even where what is left is predicted to be slower than dense
+    feasible = not demands or _optimise(search, made, exact)
     unmet = [] if feasible else [(one, part, most) for one, part, most in made if part.predicted() > most]
     reasons = [_binding(model, ranked, one, options, most, part) for one, part, most in unmet]
     removed = _removed(state).union(gone, drop)

@@ -35,19 +35,26 @@ def test_floors_and_caps_hold(exact: int):
     assert bound.loss >= free.loss
 
 
-def test_a_cap_alone_is_met():
+@pytest.mark.parametrize("slower", [False, True])
+def test_a_cap_alone_is_met(slower: bool):
     made = residual_case()
-    whole = kept(made, "blocks.1.0.weight", frozenset())
+    whole, units = kept(made, "blocks.1.0.weight", frozenset()), len(made.analysis.units)
+
+    def slow(gone: frozenset[int]) -> float:
+        return 2 - len(gone) / units if gone else 1.0  # slower than dense, the less so the more is gone
+
     chosen = select_budget(
         made.model,
         scores_of(made),
-        made.model.mac_cost,
+        slow if slower else made.model.mac_cost,
         1.0,
         multiple_of=1,
         bounds=Bounds((), (Bound("blocks.1.0", 5),)),
     )
+    assert chosen.feasible
     assert kept(made, "blocks.1.0.weight", chosen.removed) == 5 < whole
     assert len(chosen.removed) == whole - 5
+    assert chosen.loss == pytest.approx(sum(scores_of(made)[list(chosen.removed)]))
 
 
 def test_a_floor_that_binds_is_named():
