@@ -144,9 +144,12 @@ class _Attributes:
         raise AttributeError(name)
 
 
-class _Interpreter(fx.Interpreter):
+class GraphInterpreter(fx.Interpreter):
+    """Runs a graph of a Program node by node."""
+
     def fetch_attr(self, target: str) -> Any:
-        return get_tensor(self.module, target)  # type: ignore[arg-type]
+        """Read a tensor of the Program; a layer of the user's may be called as an attribute of its module is."""
+        return get_tensor(self.module, target)  # type: ignore[arg-type]  # it is the Program's module
 
 
 def _compile(module: nn.Module, graph: fx.Graph, observer: taps.Observer | None) -> Any:
@@ -163,7 +166,7 @@ def _compile(module: nn.Module, graph: fx.Graph, observer: taps.Observer | None)
     if inputs & (code.globals.keys() | others) or any(keyword.iskeyword(word) for word in words):
         # a name of the user's that Python code cannot hold (an input called "torch", a layer called "lambda"), or that
         # another node has already
-        return lambda *flat: _Interpreter(module, graph=graph).run(*flat)
+        return lambda *flat: GraphInterpreter(module, graph=graph).run(*flat)
     scope = dict(code.globals)
     exec(compile(code.src, "<kfe-fx graph>", "exec"), scope)
     return functools.partial(scope["forward"], _Attributes(module))
@@ -314,6 +317,22 @@ def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     if value is None:
         raise KeyError(name)
     return value
+
+
+def get_module(module: nn.Module, path: str) -> nn.Module:
+    """Return the module at a dotted path, "" being ``module`` itself.
+
+    Unlike ``get_submodule`` it looks at modules alone: a layer of the user's may be called as a method is.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            raise KeyError(path)
+        module = child
+    return module
 
 
 def put_tensor(module: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,  # the one place that imports it; tests/test_shapes.py probes it
 )
 
-from kfe_fx.program import Program
+from kfe_fx.program import GraphInterpreter, Program
 from kfe_fx.recurrent.op import OPAQUE, RECURRENT
 from kfe_fx.recurrent.opened import OPENED, STATES, opened_shapes, states_shapes
 
@@ -19,7 +19,7 @@ from kfe_fx.recurrent.opened import OPENED, STATES, opened_shapes, states_shapes
 _SHAPES = {RECURRENT: OPAQUE, STATES: states_shapes, OPENED: opened_shapes}
 
 
-class _Propagator(fx.Interpreter):
+class _Propagator(GraphInterpreter):
     def __init__(self, program: Program, graph: fx.Graph, fakes: dict[int, torch.Tensor]) -> None:
         super().__init__(program.module(), garbage_collect_values=False, graph=graph)
         self._fakes = fakes

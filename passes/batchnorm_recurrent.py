@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from kfe_fx.errors import UsageError
 from kfe_fx.passes.base import Pass, PassResult
-from kfe_fx.program import Program, copy_graph
+from kfe_fx.program import GraphInterpreter, Program, copy_graph
 from kfe_fx.recurrent.layers import Layer, find_layers, free_name, read_by_others, set_tensor
 from kfe_fx.recurrent.op import CELLS, Arguments
 from kfe_fx.recurrent.run import run
@@ -199,7 +199,7 @@ class BatchnormRecurrent(Pass):
         return (moments.mean, moments.var) if centred else (zeros, moments.second())
 
 
-class _Calibrate(fx.Interpreter):
+class _Calibrate(GraphInterpreter):
     """Run the evaluation graph and look into its plain recurrent layers."""
 
     def __init__(self, program: Program, records: Mapping[str, Record]) -> None:

@@ -16,7 +16,7 @@ from kfe_fx.labels.joins import Join, operands
 from kfe_fx.labels.relocate import Relocation
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.passes.shrink import check_shapes, shapes_after, slice_tensors
-from kfe_fx.program import Program, named_tensors, put_tensor
+from kfe_fx.program import GraphInterpreter, Program, named_tensors, put_tensor
 from kfe_fx.training.batches import Batches
 
 aten = torch.ops.aten
@@ -143,7 +143,7 @@ def measure_branch_means(program: Program, branches: Iterable[Branch], data: Any
     return means
 
 
-class _Measure(fx.Interpreter):
+class _Measure(GraphInterpreter):
     """Sum the values of nodes over examples and positions, [C, ...] in float64."""
 
     def __init__(self, program: Program, sources: Mapping[str, Constant]) -> None:

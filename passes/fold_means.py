@@ -15,7 +15,7 @@ from kfe_fx.errors import UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.plan import Plan
-from kfe_fx.program import Program
+from kfe_fx.program import GraphInterpreter, Program
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 from kfe_fx.taps import untapped, users_of
 from kfe_fx.training.batches import Batches
@@ -241,7 +241,7 @@ def _apply(consumer: _Consumer, lost: Tensor, weight: Tensor) -> Tensor:
     return lost @ (weight.t() if node.target in (aten.linear.default, RECURRENT) else weight)
 
 
-class _Measure(fx.Interpreter):
+class _Measure(GraphInterpreter):
     """Sum what goes into each consumer over examples (and over positions too where the operation is the same there)."""
 
     def __init__(self, program: Program, found: list[_Consumer]) -> None:

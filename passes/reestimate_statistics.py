@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from kfe_fx.errors import UsageError
 from kfe_fx.passes.base import Pass, PassResult
-from kfe_fx.program import Program
+from kfe_fx.program import GraphInterpreter, Program
 from kfe_fx.recurrent.layers import Layer, find_layers
 from kfe_fx.recurrent.norms import BatchNorms, Pooled, count_rows, fill_unseen
 from kfe_fx.recurrent.op import Arguments
@@ -21,6 +21,8 @@ from kfe_fx.training.batches import Batches
 
 aten = torch.ops.aten
 
+# neighbours in a folder are of one class: what classes differ by is no variance within such batches
+ORDER = 0
 _NOT_CAPTURED = "training mode not captured"
 
 
@@ -36,7 +38,8 @@ class ReestimateStatistics(Pass):
     mean and biased variance (the second phase of Cooijmans et al. 2017).
 
     Attributes:
-        data: examples, in any form; targets are not looked at.
+        data: examples, in any form, taken in random order (seed 0) unless they come as batches; targets are not looked
+            at.
         batch_size: examples at a time.
         limit: stop after this many batches; None takes all.
     """
@@ -81,7 +84,7 @@ def reestimate(
     runner = _Reestimate(program, norms, layers)
     count = 0
     with torch.no_grad():
-        for batch in batches:
+        for batch in batches.epoch(ORDER):
             if limit is not None and count >= limit:
                 break
             runner.run(*batch.inputs)
@@ -145,7 +148,7 @@ class _Average:
             fill_unseen(held, held.seen, reached - 1, from_zero=from_zero)
 
 
-class _Reestimate(fx.Interpreter):
+class _Reestimate(GraphInterpreter):
     def __init__(self, program: Program, live: Collection[str], layers: Collection[Layer]) -> None:
         super().__init__(program.module(), graph=program.graphs["eval"])
         self.program = program

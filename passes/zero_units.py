@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from kfe_fx.labels.analysis import Analysis, analysis_sizes
 from kfe_fx.labels.tracker import Dims
 from kfe_fx.passes.fold_means import consumers
-from kfe_fx.program import Program
+from kfe_fx.program import GraphInterpreter, Program
 from kfe_fx.recurrent.op import RECURRENT
 from kfe_fx.runtime.inputs import draw_inputs
 from kfe_fx.taps import users_of
@@ -74,7 +74,7 @@ def _watch(analysis: Analysis, gone: set[int], *, inexact: bool) -> _Watch:
     return watch
 
 
-class _Watch(fx.Interpreter):
+class _Watch(GraphInterpreter):
     """Run the evaluation graph and see what of ``gone`` units reaches those that stay."""
 
     def __init__(self, analysis: Analysis, gone: set[int], *, inexact: bool) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
+import kfe_fx
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.program import Program, get_tensor, graph_text, named_tensors, put_tensor, tied_names
@@ -245,3 +248,44 @@ def test_awkward_names_are_kept() -> None:
     assert program.state_dict().keys() == net.state_dict().keys()
     assert torch.equal(program(torch=x), net(x))
     assert torch.equal(program.copy()(x), net(x))
+
+
+class Named(nn.Module):
+    """Layers and parameters called as what a GraphModule, or our own module, has itself."""
+
+    LAYERS = ("code", "graph", "meta", "mode", "graphs", "signature")
+    MATRICES = ("recompile", "run_flat", "observe", "_graph", "print_readable")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.LAYERS:
+            setattr(self, name, nn.Linear(4, 4))
+        for name in self.MATRICES:
+            setattr(self, name, nn.Parameter(torch.randn(4, 4)))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.LAYERS:
+            x = torch.tanh(getattr(self, name)(x))
+        for name in self.MATRICES:
+            x = torch.tanh(x @ getattr(self, name))
+        return self.last(x)
+
+
+def test_names_of_the_user_may_be_those_of_methods(tmp_path: Path):
+    torch.manual_seed(0)
+    module, x = Named().eval(), torch.randn(40, 4)
+    program = kfe_fx.capture(module, x[:2])
+    kfe_fx.save(program, tmp_path / "net.pt")
+    program = kfe_fx.load(tmp_path / "net.pt")
+    assert program.state_dict().keys() == module.state_dict().keys()
+    assert torch.equal(program.copy()(x), module(x))
+    kfe_fx.export(program, tmp_path / "net.onnx")
+    stored = {tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert {f"{name}.bias" for name in Named.LAYERS} <= stored
+    assert set(Named.MATRICES) <= stored
+    result = kfe_fx.prune(
+        program, budget=0.6, metric="params", data=(x, torch.arange(40) % 3), criterion="kfe", epochs=1
+    )
+    assert result.certificate.feasible
+    assert {path.suffix for path in result.write(tmp_path, "net")} == {".onnx", ".pt", ".json"}

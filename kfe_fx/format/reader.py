@@ -20,7 +20,7 @@ from kfe_fx.format.graphs import check_code, decode_graph, identifier
 from kfe_fx.format.states import check_states
 from kfe_fx.format.tensors import Entry, decode_entry, read, tensor_name
 from kfe_fx.format.values import decode_template
-from kfe_fx.program import Program, ProgramModule, Signature, put_tensor
+from kfe_fx.program import Program, ProgramModule, Signature, get_module, put_tensor
 from kfe_fx.structure import pack
 
 
@@ -56,6 +56,9 @@ def open_regular(path: Path) -> BinaryIO:
         raise BadFile(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadFile(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+_BARE = nn.Module()
 
 
 def read_program(handle: BinaryIO, *, run: bool = True) -> Program:
@@ -157,18 +160,26 @@ def _add_modules(module: nn.Module, value: Any, kinds: dict[str, str]) -> None:
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         try:
-            module.get_submodule(parent).add_module(leaf, nn.Module())
-        except (AttributeError, KeyError):  # no such parent yet; the name means something else there
+            owner = get_module(module, parent)
+        except KeyError:  # no such parent yet
             raise Malformed(f"modules: {path[:80]!r} has no place there") from None
+        if _taken(owner, leaf):
+            raise Malformed(f"modules: {path[:80]!r} has no place there")
+        owner._modules[leaf] = nn.Module()
 
 
 def _add_tensor(module: nn.Module, entry: Entry, value: torch.Tensor) -> None:
     made = nn.Parameter(value, entry.requires_grad) if entry.kind == "parameter" else value
     for name in entry.names:
         path, _, leaf = name.rpartition(".")
-        if hasattr(module.get_submodule(path), leaf):
+        if _taken(get_module(module, path), leaf):
             raise Malformed(f"tensors: {name[:80]!r} means something else there")
         put_tensor(module, name, made, persistent=name not in entry.transient)
+
+
+def _taken(owner: nn.Module, leaf: str) -> bool:
+    """Tell whether a module has something of that name, or none ever could have: what every module has itself."""
+    return leaf in owner._parameters.keys() | owner._buffers.keys() | owner._modules.keys() or hasattr(_BARE, leaf)
 
 
 def _tensors(archive: Archive, value: Any, where: str, used: set[str]) -> list[torch.Tensor]:

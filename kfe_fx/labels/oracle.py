@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from kfe_fx.labels.analysis import BATCH, Analysis
 from kfe_fx.labels.sites import Site
+from kfe_fx.program import GraphInterpreter
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ def run_masked(analysis: Analysis, removed: set[int] | frozenset[int], flat_inpu
     return _Masked(analysis, removed).run(*flat_inputs)
 
 
-class _Masked(fx.Interpreter):
+class _Masked(GraphInterpreter):
     def __init__(self, analysis: Analysis, removed: set[int] | frozenset[int]) -> None:
         super().__init__(analysis.program.module(), graph=analysis.program.graphs["eval"])
         self.tracker = analysis.trackers["eval"]

@@ -141,7 +141,8 @@ class Preconditioned(torch.optim.Optimizer):
         if run is None:
             return
         gaussian = loss == "gaussian"
-        likelihood = Likelihood(None if gaussian else resolve_loss(loss, None), self.seed * 1_000_003 + self._drawn)
+        spec, seed = None if gaussian else resolve_loss(loss, None), self.seed * 1_000_003 + self._drawn
+        likelihood = Likelihood(spec, seed, main=True)
         likelihood.family = GAUSSIAN if gaussian else likelihood.family
         self._drawn += 1
         total = likelihood.total(outputs, Batch(list(run.inputs.values()), targets, run.examples))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from kfe_fx.program import Program, named_tensors, put_tensor, tied_names
+from kfe_fx.program import Program, get_module, named_tensors, put_tensor, tied_names
 from kfe_fx.recurrent.op import RECURRENT, Arguments
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -162,8 +162,6 @@ def drop_unread(program: Program, names: Iterable[str]) -> None:
         if node.target in every:
             graph.erase_node(node)
     for name in every:
-        *path, leaf = name.split(".")
-        owner: nn.Module = module
-        for part in path:
-            owner = owner.get_submodule(part)
+        path, _, leaf = name.rpartition(".")
+        owner = get_module(module, path)
         (owner._parameters if leaf in owner._parameters else owner._buffers).pop(leaf)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfe_fx.program import Program, get_tensor
+from kfe_fx.program import GraphInterpreter, Program
 
 Line = list[Any]  # the value of one node, batch by batch
 
 
-class Lines(fx.Interpreter):
+class Lines(GraphInterpreter):
     """Runs an evaluation graph in step with somebody who may change its weights on the way.
 
     A value is dropped behind its last user, so that what is held at one time is what lives between two nodes.
@@ -32,10 +32,6 @@ class Lines(fx.Interpreter):
         self._held: dict[fx.Node, Line] = {}
         self._order = {node.name: number for number, node in enumerate(self._nodes)}
         self._count = len(batches)
-
-    def fetch_attr(self, target: str) -> Any:
-        """Read a tensor of the Program."""
-        return get_tensor(self.module, target)  # type: ignore[arg-type]  # it is the Program's module
 
     def line(self, node: fx.Node) -> Line:
         """Return the values of a node that was run and is still to be used."""

@@ -220,7 +220,7 @@ ATTACKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "an attribute that is no tensor": (lambda d: nodes(d, "stem.weight").update(target="__class__"), "no tensor"),
     "code in a tensor's name": (lambda d: d["tensors"][0].update(names=["a')+f('"]), "not the name of a tensor"),
     "a tensor over a method": (lambda d: d["tensors"][0].update(names=["stem.weight", "forward"]), "something else"),
-    "a module over a method": (lambda d: d["modules"].insert(0, "run_flat"), "has no place"),
+    "a module over a method": (lambda d: d["modules"].insert(0, "forward"), "has no place"),
     "an unknown node": (lambda d: d["graphs"]["eval"][0].update(op="call_module"), "unknown node kind"),
     "an unknown feature": (lambda d: d.update(requires=["leaf:lstm"]), "needs the feature 'leaf:lstm'"),
     "a newer version": (lambda d: d.update(version=2), "needs version 2"),
