@@ -38,7 +38,7 @@ class Stopwatch:
             UsageError: the provider is not installed.
         """
         self._program, self._settings = dense, settings
-        self._onnx = onnx_bytes(dense)
+        self._onnx = onnx_bytes(dense, share=False)
         self._session = self._open(self._onnx, dense)
         self._templates: dict[tuple[str, ...], Template] = {}
 

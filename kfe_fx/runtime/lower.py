@@ -17,12 +17,15 @@ from kfe_fx import taps
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.frontend.source import of_error
 from kfe_fx.hard_concrete import HARD_CONCRETE
-from kfe_fx.program import Program, copy_graph, get_tensor
+from kfe_fx.program import Program, copy_graph, get_module, get_tensor
 from kfe_fx.recurrent.op import RECURRENT
 from kfe_fx.runtime.recurrent import lower_recurrent
 from kfe_fx.shapes import sized_examples
 
 aten = torch.ops.aten
+
+APART = "_names_of_graph_modules."
+_GRAPH_MODULE = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
 
 # What tracing and translating an arbitrary graph can raise: torch's own errors are RuntimeErrors; decompositions
 # fail an internal assertion or look-up where they meet an odd call.
@@ -51,7 +54,8 @@ def to_exported_program(program: Program) -> torch.export.ExportedProgram:
     _contiguous_attention(graph)
     _stable_log_sigmoid(graph)
     graph.lint()
-    module = fx.GraphModule(_held(graph, program, constants.tensors), graph)
+    held = _held(graph, program, constants.tensors)
+    module = fx.GraphModule(_apart(graph, held), graph)
     _own_leaves(module)
     module.eval()
     inputs = tuple(_tracing_inputs(program))
@@ -107,8 +111,17 @@ def _held(graph: fx.Graph, program: Program, constants: dict[str, torch.Tensor])
         if node.op == "get_attr":
             held[name] = constants[name] if name in constants else get_tensor(program.module(), name)
         elif node.op == "call_module":
-            held[name] = program.module().get_submodule(name)
+            held[name] = get_module(program.module(), name)
     return held
+
+
+def _apart(graph: fx.Graph, held: dict[str, Any]) -> dict[str, Any]:
+    """Hold apart what is called as something that every GraphModule has: "graph", "code", "meta"."""
+    taken = {name for name in held if name.partition(".")[0] in _GRAPH_MODULE}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target) in taken:
+            node.target = f"{APART}{node.target}"
+    return {f"{APART}{name}" if name in taken else name: value for name, value in held.items()}
 
 
 def _own_outputs(graph: fx.Graph) -> None:

@@ -19,10 +19,11 @@ from kfe_fx.errors import BadFile, UnsupportedModel, UsageError
 from kfe_fx.labels.states import metadata as state_metadata
 from kfe_fx.program import Program, copy_graph
 from kfe_fx.runtime.inputs import full_lengths
-from kfe_fx.runtime.lower import EXPORT_ERRORS, drop_buffer_writes, first_line, quiet, to_exported_program
+from kfe_fx.runtime.lower import APART, EXPORT_ERRORS, drop_buffer_writes, first_line, quiet, to_exported_program
 from kfe_fx.runtime.modules import annotate, name_nodes, scopes_of
 from kfe_fx.runtime.recurrent_onnx import translations
 from kfe_fx.runtime.recurrent_scan import expand
+from kfe_fx.runtime.shared_weights import share_transposes
 from kfe_fx.structure import Constant
 
 # Protobuf ends at 2 GiB; the graph itself, and a copy of a weight that folding makes, need room below that.
@@ -108,13 +109,16 @@ def export(
     )
 
 
-def onnx_bytes(program: Program, *, opset: int | None = None) -> bytes:
+def onnx_bytes(program: Program, *, opset: int | None = None, share: bool = True) -> bytes:
     """Return what ``export`` would write, unchecked and without a file; for measuring.
+
+    Without ``share`` each product holds its own matrix, also of tied weights: where single initializers are replaced or
+    quantised.
 
     Raises:
         UnsupportedModel: the graph has no ONNX form, or the weights exceed what one file can hold.
     """
-    onnx_program = translate(program, opset=opset)
+    onnx_program = translate(program, opset=opset, share=share)
     weights = weight_bytes(onnx_program)
     if weights > ONE_FILE_LIMIT:
         raise UnsupportedModel(
@@ -124,9 +128,11 @@ def onnx_bytes(program: Program, *, opset: int | None = None) -> bytes:
 
 
 def translate(
-    program: Program, *, opset: int | None = None, metadata: Mapping[str, str] | None = None
+    program: Program, *, opset: int | None = None, metadata: Mapping[str, str] | None = None, share: bool = True
 ) -> torch.onnx.ONNXProgram:
     """Translate a Program to torch's ONNXProgram, named and stripped of everything that varies from run to run.
+
+    Tied weights are stored once with ``share``, see ``share_transposes``.
 
     Raises:
         UnsupportedModel: the graph has no ONNX form.
@@ -164,7 +170,11 @@ def translate(
         got = onnx_program.model.opset_imports[""]
         raise UnsupportedModel(f"this network needs operator set {got}, {opset} was asked for; leave out the opset")
     scopes = scopes_of(onnx_program.model)
+    for name, value in list(onnx_program.model.graph.initializers.items()):
+        value.name = name.removeprefix(APART)
     expand(onnx_program.model)
+    if share:
+        share_transposes(onnx_program.model)
     name_nodes(onnx_program.model, scopes)
     _name_axes(onnx_program, program)
     lengths = full_lengths(program)

@@ -17,6 +17,7 @@ from typing import Any
 
 from kfe_fx.errors import UnsupportedModel
 from kfe_fx.runtime.lower import first_line
+from kfe_fx.runtime.shared_weights import fold_transposes
 
 PRECISIONS = ("fp32", "int8")
 
@@ -40,8 +41,10 @@ def int8(model: bytes, feeds: Sequence[Mapping[str, Any]]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="kfe-fx-") as folder, _quiet():
         place = Path(folder) / "int8.onnx"
         try:
+            loaded = onnx.load_from_string(model)
+            fold_transposes(loaded)
             quantize_static(
-                onnx.load_from_string(model), str(place), Reader(), quant_format=QuantFormat.QDQ,
+                loaded, str(place), Reader(), quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
             )  # fmt: skip
         except Exception as error:  # whatever the quantiser raises of a model means the same

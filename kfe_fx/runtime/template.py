@@ -57,7 +57,7 @@ class Template:
         import onnx
 
         scrambled = _scrambled(program)
-        self._model = onnx.load_from_string(onnx_bytes(scrambled))
+        self._model = onnx.load_from_string(onnx_bytes(scrambled, share=False))
         weights = {tensor.name for tensor in self._model.graph.initializer}  # they tell their sizes themselves
         self._told = [one for one in self._model.graph.value_info if one.name not in weights]
         del self._model.graph.value_info[:]
@@ -80,7 +80,7 @@ class Template:
         Raises:
             UnsupportedModel: the graph has no ONNX form.
         """
-        return self.fill(program) or onnx_bytes(program)
+        return self.fill(program) or onnx_bytes(program, share=False)
 
     def _match(self, program: Program) -> dict[str, str]:
         from onnx import numpy_helper
