@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kfe_fx.cost.latency import LatencyModel, RooflineLatency
 from kfe_fx.errors import UsageError
+from kfe_fx.user_code import load_function
 
 if TYPE_CHECKING:
     from kfe_fx.cost.count import CostModel
@@ -52,8 +53,6 @@ def resolve(spec: Spec) -> Factory:
     """
     if isinstance(spec, str):
         if ":" in spec:
-            from kfe_fx.training.functions import load_function  # training itself predicts, for l0
-
             return load_function(spec)
         if spec in _REGISTRY:
             return _REGISTRY[spec]

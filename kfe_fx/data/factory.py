@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from kfe_fx.data.dataset import ArrayData, Inputs
 from kfe_fx.data.npz import TARGETS, check_memory, to_targets, to_tensor
 from kfe_fx.errors import BadData
+from kfe_fx.user_code import inside, load
 
 COLLATE = 256  # examples that a torch Dataset is read in at a time
 
@@ -25,7 +21,7 @@ COLLATE = 256  # examples that a torch Dataset is read in at a time
 def load_factory(spec: str, limit: int | None = None) -> ArrayData:
     """Call `file.py:function` or `package.module:function` and read what it returns.
 
-    This runs the user's code, as its name says; what that code raises comes through as it is.
+    This runs the user's code, as its name says.
 
     Args:
         spec: where the function is; it is called without arguments.
@@ -35,14 +31,11 @@ def load_factory(spec: str, limit: int | None = None) -> ArrayData:
         The examples.
 
     Raises:
-        BadData: there is no such file, module or function, or it returns nothing that holds examples.
+        BadData: there is no such file, module or function, it raised, or it returns nothing that holds examples.
     """
-    place, _, attribute = spec.rpartition(":")
-    module = _module(place)
-    function = getattr(module, attribute, None)
-    if function is None:
-        raise BadData(f"{place}: defines no {attribute!r}; name a function that returns the data")
-    return from_python(function() if callable(function) else function, spec, limit)
+    function = load(spec, error=BadData)
+    with inside(spec, error=BadData):
+        return from_python(function() if callable(function) else function, spec, limit)
 
 
 def from_python(value: Any, name: str = "data", limit: int | None = None) -> ArrayData:
@@ -74,28 +67,6 @@ def from_python(value: Any, name: str = "data", limit: int | None = None) -> Arr
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return _concatenate(value, name, limit)
     raise BadData(f"{name}: got {type(value).__name__}; return (inputs, targets), a Dataset, a DataLoader or batches")
-
-
-def _module(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise BadData(f"{place}: no such module ({error}); give file.py:function") from error
-    path = Path(place)
-    if not path.is_file():
-        raise BadData(f"{place}: no such file; give the Python file that defines the data")
-    spec = importlib.util.spec_from_file_location(f"kfe_fx_data_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise BadData(f"{place}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and DataLoader workers look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        del sys.modules[spec.name]
-        raise BadData(f"{place}: cannot be imported ({error})") from error
-    return module
 
 
 def _is_array(value: Any) -> bool:

@@ -15,6 +15,7 @@ _LIBRARIES = tuple(
 )
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"])
 _OURS = str(Path(__file__).resolve().parents[1])
+_PARTS = tuple(os.path.realpath(os.path.join(_OURS, part)) for part in ("passes", "cli"))  # links in a checkout
 _OWN_MODELS = os.path.realpath(os.path.join(_OURS, "models"))
 
 
@@ -22,7 +23,7 @@ def _is_users(file: str) -> bool:
     real = os.path.realpath(file)
     if real.startswith(_OWN_MODELS):
         return True
-    library = real.startswith((*_LIBRARIES, _OURS, _STDLIB)) or "site-packages" in real
+    library = real.startswith((*_LIBRARIES, *_PARTS, _OURS, _STDLIB)) or "site-packages" in real
     return not library and not file.startswith("<")
 
 

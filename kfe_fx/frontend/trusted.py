@@ -11,7 +11,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from kfe_fx.errors import BadFile
-from kfe_fx.frontend.arch import Built, importable
+from kfe_fx.frontend.arch import Built
+from kfe_fx.user_code import importable
 
 
 def read_pickled(path: Path, handle: BinaryIO) -> Any:

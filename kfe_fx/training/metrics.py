@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kfe_fx.data.checks import IGNORED
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches, Loader, call
-from kfe_fx.training.functions import load_function
 from kfe_fx.training.losses import class_scores, main_output
+from kfe_fx.user_code import load_function
 
 Function = Callable[[nn.Module, Any], float]
 
@@ -40,7 +41,7 @@ def accuracy(module: nn.Module, loader: Any) -> float:
     right = total = 0
     for outputs, targets in _run(module, loader):
         scores, classes = class_scores(outputs, targets)
-        counted = classes != -100  # cross_entropy leaves this label out
+        counted = classes != IGNORED
         right += int(((scores.argmax(1) == classes) & counted).sum())
         total += int(counted.sum())
     return right / max(total, 1)

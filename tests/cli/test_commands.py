@@ -138,5 +138,5 @@ def test_user_functions(made: Path, capsys: pytest.CaptureFixture[str]):
     (made / "raises.py").write_text("import no_such_package\n")
     prune = ("prune", made / "model.pt", "--budget", "0.5", "--loss")
     assert "gone.py" in fails(capsys, *prune, "gone.py:good", code=2)
-    assert "'VALUE'" in fails(capsys, *prune, f"{made}/loss.py:VALUE", code=2)
+    assert "VALUE: int, not a function" in fails(capsys, *prune, f"{made}/loss.py:VALUE", code=2)
     assert "no_such_package" in fails(capsys, *prune, f"{made}/raises.py:good", code=2)

@@ -203,8 +203,9 @@ def test_output_equal_to_input(model: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_output_equal_to_the_data(model: Path, capsys: pytest.CaptureFixture[str]):
     Path("model.pruned.json").write_text("{}")
-    args = ("prune", model, "--budget", "0.5", "--force", "--data", "model.pruned.json")
-    assert "output equal to input" in fails(capsys, *args)
+    for option in ("--data", "--plan", "--store", "--target"):
+        args = ("prune", model, "--budget", "0.5", "--force", option, "model.pruned.json")
+        assert "output equal to input" in fails(capsys, *args)
 
 
 @pytest.mark.parametrize(

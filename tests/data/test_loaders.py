@@ -292,14 +292,14 @@ class TestFactory:
 
     def test_no_such_thing(self, tmp_path: Path):
         refused(f"{tmp_path}/none.py:make", "no such file")
-        refused("no_such_package_of_mine:make", "no such module")
+        refused("no_such_package_of_mine:make", "there is no module")
         source = tmp_path / "mine.py"
         source.write_text("x = 1\n")
         refused(f"{source}:make", "defines no 'make'")
         source.write_text("def broken(:\n")
-        refused(f"{source}:make", "cannot be imported")
+        refused(f"{source}:make", r"raised SyntaxError: .*mine.py, line 1")
         source.write_text("import no_such_package_of_mine\n")
-        refused(f"{source}:make", "cannot be imported")
+        refused(f"{source}:make", r"raised ModuleNotFoundError: .*no_such_package_of_mine.*mine.py:1")
 
 
 def test_no_such_data(tmp_path: Path):
