@@ -42,14 +42,14 @@ def capture(factory: str, state: Path | None, inputs: tuple[str, ...], data: Arr
 
 
 def sample(program: Program, data: ArrayData, count: int) -> tuple[tuple[Any, ...], Any]:
-    """Take the first examples as (inputs in the order of the network, targets or None).
+    """Draw examples as (inputs in the order of the network, targets or None).
 
     Raises:
         BadData: the network does not read them.
     """
     from kfe_fx.training.fit import fit_inputs
 
-    chosen = fit_inputs(program, data.first(count))
+    chosen = fit_inputs(program, data.sample(count))
     given = chosen.inputs
     if isinstance(given, dict):
         return tuple(given[name] for name in program.signature.input_names if name in given), chosen.targets
@@ -74,7 +74,7 @@ def sample(program: Program, data: ArrayData, count: int) -> tuple[tuple[Any, ..
     "--calibration",
     type=options.COUNT,
     metavar="COUNT",
-    help="Keep the first examples of --data in the file, so that it can be pruned without data.",
+    help="Keep so many examples of --data in the file, drawn at random, so that it can be pruned without data.",
 )
 @options.force
 @options.quiet

@@ -134,7 +134,7 @@ loading = stack(
 data = click.option(
     "--data",
     metavar="DATA",
-    help="Examples to score and fine-tune with: an .npz with arrays x and y, a folder of images with one folder "
+    help="Examples to score with, and to fine-tune on: an .npz with arrays x and y, a folder of images with one folder "
     "per class, file.py:factory (which runs it), glyphs:COUNT, chars:COUNT, tags:COUNT or digits. Bytes are never "
     "scaled by guess: add ?scale=255, or ?scale=255&mean=0.5&std=0.2, as in training. Without data, a sample in the "
     "program file scores, or drawn inputs do, and nothing is fine-tuned.",
@@ -244,7 +244,7 @@ judging = stack(
         help="cross-entropy, mse, or a function (outputs, targets) -> loss. Default: cross-entropy for integer "
         "targets, mse for floats.",
     ),
-    click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Of the fine-tuning."),
+    click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Examples at a time."),
 )
 
 PENALTY = click.option(

@@ -39,7 +39,8 @@ def check_targets(job: Job) -> None:
     targets.require_model(job.model)
     targets.require_folder(job.folder, make=True)
     wanted = [job.folder / f"{job.model.stem}{suffix}" for suffix in SUFFIXES]
-    inputs = [Path(p) for p in (job.model, job.data, job.val) if p]
+    given = (job.model, job.data, job.val, job.plan, job.store, job.settings.get("target"))
+    inputs = [Path(p) for p in given if p]
     targets.require_free(wanted, sources=inputs, force=job.force)
 
 

@@ -148,6 +148,7 @@ class Cutter:
     ) -> tuple[Program, dict[str, Any]]:
         """Fold means, fit every layer to what ``before`` computed there, and re-estimate statistics if that helps."""
         sample, size, how = self._data.calibration, self._settings.batch_size, self._settings.repair
+        seed = self._settings.seed
         if sample is None or how == "none":
             return small, {}
         fits, limit = how == "auto" and len(sample) > 1, QUICK if quick else RECONSTRUCTION
@@ -162,11 +163,11 @@ class Cutter:
         fitted, source = small, self._data.training if self._data.training is not None else sample
 
         def fresh(program: Program) -> Program:
-            return ReestimateStatistics(source.first(STATISTICS_EXAMPLES), size).run(program).program
+            return ReestimateStatistics(source.sample(STATISTICS_EXAMPLES, seed), size).run(program).program
 
         if fits:
             others = {"obs": obs.inputs} if obs.inputs else {}
-            fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=self._settings.seed)
+            fit = Reconstruct(before, step, sample, others, batch_size=size, limit=limit, seed=seed)
             found = fit.run(small)
             fitted, layers = found.program, found.facts["layers"]
             facts["repaired"] = dict(Counter(layer["method"] for layer in layers.values()))

@@ -5,7 +5,8 @@
     one-shot      one round
     netadapt      exponential, and in each round one group of units alone gives what is asked: the one whose removal,
                   repaired, leaves the least loss (Yang et al. 2018; in place of its short fine-tuning the closed-form
-                  repair, and fine-tuning between the rounds)
+                  repair, and fine-tuning between the rounds); the last round of a measured budget of latency lands it,
+                  which takes all groups
     theis         exponential, and units are masked one by one in the middle of the round's fine-tuning, by signals
                   gathered there (Theis et al. 2018, ``kfe_fx.passes.theis``)
 

@@ -100,6 +100,26 @@ class ArrayData:
             raise UsageError(f"{self.name}: the first {count} examples were asked for; ask for 1 or more")
         return self.take(slice(count))
 
+    def sample(self, count: int, seed: int = 0) -> ArrayData:
+        """Return `count` examples drawn at random without replacement, in random order; all where there are fewer.
+
+        Folders and files often hold class after class, so that the first examples, and batches of neighbours, are no
+        sample of the whole.
+
+        Args:
+            count: at least 1.
+            seed: of the permutation whose head is taken.
+
+        Returns:
+            The chosen examples.
+
+        Raises:
+            UsageError: count is below 1.
+        """
+        if count < 1:
+            raise UsageError(f"{self.name}: a sample of {count} examples was asked for; ask for 1 or more")
+        return self.take(_permutation(len(self), seed)[:count])
+
     def batches(
         self, batch_size: int, seed: int | None = None, drop_last: bool = False
     ) -> Iterator[tuple[Inputs, Tensor | None]]:

@@ -168,6 +168,13 @@ class Batches:
             return batch.targets
         raise BadData("the data yields no batches; an iterator that was used up before yields nothing")
 
+    def labels(self) -> Iterator[Tensor | None]:
+        """Yield the targets of all examples, in parts."""
+        if isinstance(self.data, ArrayData):
+            yield self.data.targets
+        else:
+            yield from (batch.targets for batch in self)
+
 
 class Loader:
     """What functions of the user's get: iterate (inputs, targets).

@@ -51,7 +51,8 @@ def arrange(
         unlabelled: examples without targets train too: there is a teacher who has all of the loss.
 
     Returns:
-        Which examples are for what. The calibration examples are 1,024 of the training examples, drawn with the seed.
+        Which examples are for what. The calibration examples are 1,024 of the training examples, drawn with the seed
+        and in random order: whoever takes the first few of them takes a sample too.
 
     Raises:
         UsageError: there is ``val`` without anything to work on.
@@ -61,13 +62,15 @@ def arrange(
         calibration = None if sample is None else from_python(tuple(sample), "calibration sample")
         if calibration is None and held is not None:
             raise UsageError("there are validation examples but no data to score and train with; give --data")
+        if calibration is not None:
+            calibration = calibration.sample(len(calibration), seed + 1)
         told = "data-free: no examples" if calibration is None else f"scored on {calibration.describe()}; no training"
         return PruneData(calibration, None, held, told)
     whole = from_python(data)
     training = whole
     if held is None and whole.targets is not None and len(whole) > 1:
         training, held = whole.split(fraction, seed)
-    chosen = training if len(training) <= CALIBRATION else training.split(CALIBRATION / len(training), seed + 1)[1]
+    chosen = training.sample(CALIBRATION, seed + 1)
     shown = "none" if held is None else f"{len(held):,}"
     note = f"{whole.name}: {len(training):,} to train on, {shown} held out, {len(chosen):,} to score with (seed {seed})"
     return PruneData(chosen, training if training.targets is not None or unlabelled else None, held, note)

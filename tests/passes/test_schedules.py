@@ -398,7 +398,7 @@ def test_the_update_of_captured_factors_is_among_what_repair_chooses_from(traine
 
 def test_the_dense_network_teaches_without_targets(trained: Program):
     x = data(400)[0]
-    plain = prune(trained, budget=0.3, metric="macs", data=x, repair="none", distil=None, epochs=3)
+    plain = prune(trained, budget=0.3, metric="macs", data=x, repair="none")
     taught = prune(trained, budget=0.3, metric="macs", data=x, repair="none", distil=1.0, epochs=8, lr=1e-2)
     assert "finetune" not in plain.certificate.rounds[0]
     assert taught.certificate.rounds[-1]["finetune"]["distillation"]["weight"] == 1.0
@@ -440,3 +440,28 @@ def test_elastic_penalty_holds_the_weights(trained: Program):
 def test_options_that_mean_nothing(trained: Program, options: dict[str, Any], says: str):
     with pytest.raises(UsageError, match=says):
         run(trained, **options)
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "theis"])
+def test_the_elastic_penalty_goes_with_every_schedule(trained: Program, schedule: str):
+    result = run(trained, schedule=schedule, rounds=2, ewc=0.1)
+    assert all("ewc" in str(entry) for entry in result.certificate.rounds if "training" in str(entry))
+    assert accuracy(result.program) > 0.7
+
+
+def test_class_after_class_is_no_other_sample():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+    program = capture(net.eval(), data(2)[0])
+    kfe_fx.train(program, data(1500), val=False, optimizer="adamw", lr=1e-2, epochs=6, threads=1)
+    x, y = data(1500)
+    order = y.argsort(stable=True)  # as a folder of classes is read
+    given: dict[str, Any] = {"val": data(400, 9), "epochs": 0, "budget": 0.4}
+    for repair in ("mean", "auto"):
+        found = [run(program, data=pair, repair=repair, **given) for pair in ((x, y), (x[order], y[order]))]
+        fresh, labels = data(500, 5)
+        losses = [float(F.cross_entropy(result.program(fresh), labels).detach()) for result in found]
+        capacity = [result.certificate.capacity["after"] for result in found]
+        assert losses[1] < 1.25 * losses[0] + 0.05
+        assert capacity[1] == pytest.approx(capacity[0], rel=0.35)
+        assert all(result.certificate.loss["examples"] == 512 for result in found)

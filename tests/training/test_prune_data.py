@@ -36,6 +36,18 @@ def test_validation_data_is_held_out_and_all_else_trains():
     assert ids(found.held_out) == set(range(1000, 1020))
 
 
+def test_the_first_calibration_examples_are_a_sample_of_all():
+    ordered = numbered(4000)
+    ordered = ordered.take(ordered.targets.sort().indices)  # type: ignore[union-attr]  # class after class, as in a folder
+    sample = tuple(ordered.inputs), ordered.targets
+    for found in (arrange(ordered), arrange(ordered, numbered(20)), arrange(sample=sample)):
+        assert found.calibration is not None
+        counts = found.calibration.first(300).targets.bincount(minlength=3)  # type: ignore[union-attr]
+        assert counts.min() > 70
+    first = arrange(ordered, seed=1).calibration, arrange(ordered, seed=1).calibration
+    assert torch.equal(*(found.inputs[0] for found in first))  # type: ignore[union-attr, index]
+
+
 def test_a_calibration_sample_is_never_held_out():
     x, y = torch.randn(8, 1), torch.zeros(8, dtype=torch.int64)
     found = arrange(sample=((x,), y))
