@@ -18,6 +18,7 @@ from kfe_fx.lowrank.measure import measure
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.passes.capture_curvature import CaptureCurvature
 from kfe_fx.program import Program
+from kfe_fx.weights import check_weights
 
 FISHER, IMPORTANCES = PREDICTIONS = ("fisher", "importances")
 
@@ -96,6 +97,7 @@ class DecomposeKfe(Pass):
             self.ratio, self.importance, self.time, self.metric, self.step, self.cap, self.threads, self.device
         )
         request.check(self.name)
+        check_weights(program)
         if self.statistics not in STATISTICS:
             raise UsageError(f"{self.name}: statistics is {' or '.join(STATISTICS)}, got {self.statistics!r}")
         if self.predict not in (None, *PREDICTIONS):

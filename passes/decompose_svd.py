@@ -15,6 +15,7 @@ from kfe_fx.lowrank.svd import OF, OUTPUTS, WEIGHTS, Svd
 from kfe_fx.passes.base import Pass, PassResult
 from kfe_fx.passes.decompose_kfe import examples, finish
 from kfe_fx.program import Program
+from kfe_fx.weights import check_weights
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class DecomposeSvd(Pass):
             self.ratio, self.importance, self.time, self.metric, self.step, self.cap, self.threads, self.device
         )
         request.check(self.name)
+        check_weights(program)
         if self.of not in OF:
             raise UsageError(f"{self.name}: of is {' or '.join(OF)}, got {self.of!r}")
         if self.store is not None:

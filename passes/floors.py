@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,10 +45,16 @@ class Floor:
         return Trial(self.original, held, self.settings, len(held))
 
     def crossed(self, small: Program, entry: dict[str, Any]) -> str:
-        """Measure, note it in a round's entry, and return which floor was crossed with what, or ""."""
+        """Measure, note it in a round's entry, and return which floor was crossed with what, or "".
+
+        Raises:
+            UsageError: the metric is NaN.
+        """
         settings, found = self.settings, entry.setdefault("held_out", {})
         if settings.stop_at_accuracy is not None and self.metric is not None:
             value = found[self.metric.name] = evaluate(small, self.data.held_out, self.metric)
+            if math.isnan(value):
+                raise UsageError(f"the metric {self.metric.name!r} is nan: no floor of it means anything")
             if value != settings.stop_at_accuracy and not self.metric.better(value, settings.stop_at_accuracy):
                 return f"stop-at-accuracy: the next round, to {entry['target']:.3f}, ended at {value:.4g}"
         if settings.stop_at_loss is not None:

@@ -19,6 +19,10 @@ _CHOICES = {
     "repair": REPAIRS,
     "schedule": SCHEDULES,
 }
+MEASURING = {
+    "threads": None, "batch": 1, "provider": "CPUExecutionProvider", "precision": "fp32", "target": None,
+    "cost_model": "roofline",
+}  # fmt: skip
 _COUNTS = {"threads": 1, "batch": 1, "batch_size": 1, "rounds": 1, "epochs": 0}
 
 
@@ -47,12 +51,40 @@ def check_options(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
         _number(given, name, least=-math.inf)
     if limits[0].metric == "widths" and (given["keep"] or given["floor"] or given["cap"]):
         raise UsageError("a budget of widths cuts all layers alike: keep, floor and cap go with the other metrics")
+    _check_measuring(given, limits)
+    _check_rounds(given, limits)
     if given["temperature"] is not None and not given["distil"]:
         raise UsageError("a temperature is of distillation; say distil= too, the dense network's share of the loss")
     if given["features"] and not given["distil"]:
         raise UsageError("features are compared by distillation; say distil= too, the dense network's share")
-    if given["schedule"] == "one-shot" and (given["rounds"] or 1) != 1:
+
+
+def _check_measuring(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
+    """Refuse what is said of a latency that nobody looks at."""
+    if any(limit.metric == "latency" for limit in limits) or given["decompose"]:
+        return
+    unused = [name for name, value in MEASURING.items() if given[name] != value]
+    if unused:
+        raise UsageError(
+            f"{unused[0]} is of latency, and the budget is of {limits[0].metric} alone; drop it, or give a budget of "
+            "latency"
+        )
+
+
+def _check_rounds(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
+    """Refuse rounds, and a schedule of them, where there is one."""
+    rounds, schedule = given["rounds"], given["schedule"]
+    if schedule == "one-shot" and (rounds or 1) != 1:
         raise UsageError("the schedule one-shot has one round; drop rounds, or choose exponential or equal")
+    if schedule == "netadapt" and rounds == 1 and any(limit.metric == "latency" for limit in limits):
+        raise UsageError("the last round of netadapt lands a latency in all layers at once: give it 2 rounds or more")
+    why = "a budget of widths is cut" if limits[0].metric == "widths" else "a plan is carried out"
+    if limits[0].metric != "widths" and given["plan"] is None:
+        return
+    if (rounds or 1) != 1:
+        raise UsageError(f"{why} in one round; drop rounds")
+    if schedule not in ("exponential", "one-shot"):
+        raise UsageError(f"{why} in one round, which has no schedule; drop schedule")
 
 
 def _number(

@@ -31,6 +31,7 @@ from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.prune_data import PruneData, arrange
+from kfe_fx.weights import check_weights
 
 Progress = Callable[[str, float | None], None]
 
@@ -218,6 +219,7 @@ def prepare(program_or_module: Program | nn.Module, example_inputs: Any = None, 
     check_options(given, limits)
     given["cost_model"] = resolve_predictor(given["cost_model"])
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program
+    check_weights(program)
     plan, target, loss = given["plan"], given.pop("target"), given["loss"]
     if plan is not None:
         given |= {"heads": plan.heads, "resize_state": plan.resize_state}
@@ -255,6 +257,11 @@ def _check_store(program: Program, settings: Settings, examples: PruneData) -> N
     if settings.plan is not None:
         raise UsageError("a plan says what goes, and nothing is scored; drop store, or plan")
     criterion = resolve(settings.criterion)
+    if "curvature" in criterion.needs and examples.calibration is None and (settings.rounds or 1) > 1:
+        raise UsageError(
+            f"the statistics given are of the network before any round, and {criterion.name!r} needs those of each: "
+            "give --data too, or --rounds 1"
+        )
     has_factors = any({"A", "G"} <= block.sums.keys() for block in store.blocks.values())
     repairs = settings.repair == "auto" and examples.calibration is not None and has_factors
     if "curvature" not in criterion.needs and not repairs:

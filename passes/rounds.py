@@ -14,6 +14,7 @@ from kfe_fx.certificate import Certificate
 from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.solver import Selection
+from kfe_fx.criteria.base import resolve
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.embedding import units_at
 from kfe_fx.errors import UnsupportedModel, UsageError
@@ -121,7 +122,7 @@ class Rounds:
         self.shared = shared or Shared()
         self.progress = progress or (lambda stage, done=None: None)
         self.progress("reading the graph", None)
-        self.certificate = Certificate(1.0, settings.metric, str(settings.criterion), settings.seed)
+        self.certificate = Certificate(1.0, settings.metric, _criterion(settings), settings.seed)
         analysis = analyze(self.original, heads=settings.heads)
         self.whole = Shallow(analysis, frozenset(), self.original, analysis)
         self.cutter = Cutter(settings, data, lambda candidate: self.trial.loss(candidate))
@@ -160,12 +161,12 @@ class Rounds:
             self._reach_latency()
         tell_counts(self.certificate, self.settings, self.model, self.state.removed, self.state.small)
         shared = self.tuner.trains and Group.current().size > 1 and has_own_norms(self.original)
-        tell_data(self.certificate, self.settings, self.data, self.scored.facts, shared=shared)
+        tell_data(self.certificate, self.settings, self.data, self.scored.facts, self.original, shared=shared)
         if "latency" in self.ratios and self._asks():
             tell_step(self.certificate, self.device, self.settings)
         tell_limits(self.certificate, self.settings, self.ratios)
         tell_negative(self.certificate)
-        tell_losses(self.certificate)
+        tell_losses(self.certificate, self.trial.examples if self.certificate.rounds else 0)
         if self._asks() and self.data.calibration is not None:
             self.progress("measuring the Fisher-Rao norm", None)
             tell_capacity(self.certificate, self.settings, self.data.calibration, self.original, self.state.small)
@@ -541,3 +542,10 @@ class Rounds:
             found |= {"pruned_ms": found["dense_ms"], "ratio": 1.0, "interval": [1.0, 1.0]}
         certificate.measured["latency"] = found
         return found
+
+
+def _criterion(settings: Settings) -> str:
+    """Name what says which units go."""
+    if settings.plan is not None:
+        return "plan"
+    return settings.criterion if isinstance(settings.criterion, str) else resolve(settings.criterion).name

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from kfe_fx.certificate import Certificate
-from kfe_fx.criteria.base import Criterion, ScoreContext, normalised_parameters
+from kfe_fx.criteria.base import Criterion, ScoreContext, asking, normalised_parameters
 from kfe_fx.criteria.loss_models import LossModel
 from kfe_fx.errors import UsageError, VerificationFailed
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.passes.cutting import STATISTICS_EXAMPLES
 from kfe_fx.passes.masks import apply_masks, hold_masks, prune_lowest
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
+from kfe_fx.passes.telling import tell_unseen
 from kfe_fx.program import Program
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batches
 from kfe_fx.training.finetune import finetune
-from kfe_fx.training.losses import Loss, resolve_loss, settle
+from kfe_fx.training.losses import Loss, counted, resolve_loss, settle
 from kfe_fx.training.metrics import Metric, evaluate
 from kfe_fx.training.optimizer_state import make_optimizer
 from kfe_fx.training.prune_data import PruneData
@@ -161,7 +162,8 @@ class SparseRounds:
         source = self.data.training if self.data.training is not None else self.data.calibration
         if source is not None:
             self.progress("measuring statistics", None)
-            result = ReestimateStatistics(source.first(STATISTICS_EXAMPLES), self.batch_size).run(self.program)
+            sample = source.sample(STATISTICS_EXAMPLES, self.certificate.seed)
+            result = ReestimateStatistics(sample, self.batch_size).run(self.program)
             self.program = result.program
 
     def finetune(self, optimizer: str, lr: float | None, epochs: int | None) -> None:
@@ -228,8 +230,10 @@ class SparseRounds:
             batch_size=self.batch_size,
             seed=self.certificate.seed,
         )
-        changes = self.criterion.changes(context) if isinstance(self.criterion, LossModel) else None
-        found = self.criterion.weights(context) if changes is None else changes
+        with asking(self.criterion, self.program):
+            changes = self.criterion.changes(context) if isinstance(self.criterion, LossModel) else None
+            returned = self.criterion.weights(context) if changes is None else changes
+        found = {name: torch.as_tensor(value) for name, value in returned.items()}
         told = found if changes is None and self.criterion.predicts else changes
         scores: dict[str, Tensor] = {}
         for name in self.masks:
@@ -247,6 +251,7 @@ class SparseRounds:
                 )
             scores[name] = score + 0.5 * self.certificate.penalty * value.double().square()
         self.certificate.data |= context.facts
+        tell_unseen(self.certificate, self.program, self.data, self.loss, context.facts)
         return scores, told
 
     def _mean_loss(self) -> float | None:
@@ -254,7 +259,8 @@ class SparseRounds:
         if self.data.calibration is None or self.data.calibration.targets is None:
             return None
         batches = Batches(self.program, self.data.calibration, self.batch_size)
-        value = mean_loss(self.program, batches, resolve_loss(self.loss, self.data.calibration.targets))
+        loss = resolve_loss(self.loss, self.data.calibration.targets)
+        value = mean_loss(self.program, batches, counted(loss, batches.labels()))
         return value if math.isfinite(value) else None
 
     def _counts(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfe_fx.cost.steps import matches
-from kfe_fx.criteria.base import Criterion, ScoreContext, names, resolve
+from kfe_fx.criteria.base import Criterion, ScoreContext, check_needs, names, resolve
 from kfe_fx.data.dataset import ArrayData, check_seed
 from kfe_fx.data.factory import from_python
 from kfe_fx.errors import UnsupportedModel, UsageError
@@ -31,7 +31,8 @@ from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.metrics import resolve_metric
-from kfe_fx.training.prune_data import PruneData, arrange
+from kfe_fx.training.prune_data import arrange
+from kfe_fx.weights import check_weights
 
 ROUNDS = 14  # of criteria that look at the network anew each round
 CONSTANT = ("lamp", "magnitude", "random")  # criteria whose ranks of what is left do not move: one round says it all
@@ -135,9 +136,11 @@ def sparsify(
     check_seed(seed)
     chosen = _resolve(criterion)
     program = StripCurvature().run(_program(program_or_module, example_inputs)).program.copy().eval()
+    check_weights(program)
     examples, held = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
     arranged = arrange(examples, held, program.extras.get("calibration"), seed=seed)
-    _check_needs(chosen, arranged)
+    sample = arranged.calibration
+    check_needs(chosen, sample is not None, sample is not None and sample.targets is not None)
     report = progress or (lambda stage, done=None: None)
     report("reading the graph", None)
     analysis = analyze(program)
@@ -199,18 +202,6 @@ def _resolve(criterion: Any) -> Criterion:
             f"the criterion {chosen.name!r} scores units, not single weights; choose {known}, or prune units with it"
         )
     return chosen
-
-
-def _check_needs(criterion: Criterion, data: PruneData) -> None:
-    examples = data.calibration
-    there = {
-        "data": examples is not None,
-        "targets": examples is not None and examples.targets is not None,
-        "curvature": examples is not None,  # it is measured on them
-    }
-    for need in sorted(criterion.needs):
-        if not there.get(need, False):
-            raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")
 
 
 def _fitting(program: Program, data: Any, loss: Any, name: str) -> ArrayData | None:

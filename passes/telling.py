@@ -20,6 +20,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.labels.states import resized
 from kfe_fx.passes.settings import Settings
 from kfe_fx.program import Program
+from kfe_fx.training.losses import floating_outputs, main_output, resolve_loss
 from kfe_fx.training.prune_data import PruneData
 from kfe_fx.training.shared_norms import OWN_SHARES
 
@@ -132,14 +133,18 @@ def _told(certificate: Certificate, limit: Limit, ratio: float) -> dict[str, Any
     return told if limit.metric == "widths" else told | {"met": reached <= ratio + _ROUNDING}
 
 
-def tell_losses(certificate: Certificate) -> None:
-    """Add up over the rounds what the scores promised of the loss, and what came of it before and after repair."""
+def tell_losses(certificate: Certificate, examples: int) -> None:
+    """Add up over the rounds what the scores promised of the loss, and what came of it before and after repair.
+
+    The scores are of all calibration examples, what came of it of the first ``examples`` of them.
+    """
     known = [entry["loss"] for entry in certificate.rounds if "loss" in entry]
     if not known:
         return
     promised = [entry["predicted_change"] for entry in known]
     certificate.loss = {
         "of": known[0]["of"],
+        "examples": examples,
         "predicted_change": None if None in promised else sum(promised),
         "realised_change": sum(entry["removed"] - entry["before"] for entry in known),
         "repaired_change": sum(entry["repaired"] - entry["before"] for entry in known),
@@ -158,10 +163,17 @@ def tell_capacity(certificate: Certificate, settings: Settings, sample: Any, den
 
 
 def tell_data(
-    certificate: Certificate, settings: Settings, data: PruneData, facts: dict[str, Any], *, shared: bool
+    certificate: Certificate,
+    settings: Settings,
+    data: PruneData,
+    facts: dict[str, Any],
+    program: Program,
+    *,
+    shared: bool,
 ) -> None:
     """Tell what was looked at; ``facts`` are of the scores, ``shared``: processes normalised their own shares."""
     certificate.data = {"note": data.note, **facts}
+    tell_unseen(certificate, program, data, settings.loss, facts)
     if shared:
         certificate.notes.append(OWN_SHARES)
     if settings.store is not None and "curvature" not in resolve(settings.criterion).needs:
@@ -170,6 +182,33 @@ def tell_data(
         )
     if facts and data.calibration is None:
         certificate.notes.append("data-free: scored on drawn inputs; give --data for better choices")
+
+
+def tell_unseen(certificate: Certificate, program: Program, data: PruneData, loss: Any, facts: dict[str, Any]) -> None:
+    """Tell which outputs the scores did not look at: a loss by name is of the main one, a user's of what it likes."""
+    labelled = data.calibration is not None and data.calibration.targets is not None
+    if not labelled or not facts.keys() & {"labels", "curvature"} or not (loss is None or _is_named(loss)):
+        return
+    from kfe_fx.runtime.onnx_file import named_outputs
+
+    with torch.no_grad():
+        outputs = program.module().run_flat(program.flat_examples(), "eval")
+    named = [(name, outputs[place]) for place, name in named_outputs(program) if floating_outputs(outputs[place])]
+    if not named:
+        return
+    main = main_output([value for _, value in named])
+    seen = next(name for name, value in named if value is main)
+    if unseen := [name for name, value in named if value is not main]:
+        told = (
+            f"the loss looks at the output {seen} alone: what only {', '.join(unseen)} "
+            f"need{'s' * (len(unseen) == 1)} counts as worth nothing; name a --loss that looks at all of them"
+        )
+        certificate.notes.extend([told] if told not in certificate.notes else [])  # rounds tell it again
+
+
+def _is_named(loss: Any) -> bool:
+    found = resolve_loss(loss, None)
+    return found is not None and found.name in ("cross-entropy", "mse")
 
 
 def unasked(

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from kfe_fx.labels.branches import Branch
 from kfe_fx.labels.states import narrow_input
 from kfe_fx.passes.settings import Settings
-from kfe_fx.program import Program, get_tensor
+from kfe_fx.program import GraphInterpreter, Program
 from kfe_fx.runtime.inputs import draw_inputs
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
-from kfe_fx.training.losses import resolve_loss, settle
+from kfe_fx.training.losses import Loss, counted, resolve_loss, settle
 
 EXAMPLES = 512
 DRAWN = 8  # inputs that are drawn where there are no examples
@@ -36,13 +36,20 @@ class Trial:
             )
         targets = self._batches[0].targets
         self._whole: tuple[Program, float] | None = None
-        self._loss = None if targets is None else resolve_loss(settings.loss, targets)
+        self._loss: Loss | None = None
+        if targets is not None:
+            self._loss = counted(resolve_loss(settings.loss, targets), (batch.targets for batch in self._batches))
         self._dense = [] if self._loss is not None else [self._run(dense, batch) for batch in self._batches]
 
     @property
     def name(self) -> str:
         """What is measured: the loss by its name, or the distance from the dense network's outputs."""
         return "distance" if self._loss is None else self._loss.name
+
+    @property
+    def examples(self) -> int:
+        """How many examples it is measured on."""
+        return sum(batch.count for batch in self._batches)
 
     @property
     def judges_loss(self) -> bool:
@@ -89,15 +96,12 @@ def _narrowed(program: Program, batch: Batch) -> list[Any]:
     return [narrow_input(program, name, value) for name, value in zip(names, batch.inputs, strict=True)]
 
 
-class _Averaged(fx.Interpreter):
+class _Averaged(GraphInterpreter):
     """Runs a network in which what a branch gives is its mean over examples and positions."""
 
     def __init__(self, program: Program, branch: Branch) -> None:
         super().__init__(program.module(), graph=program.graphs["eval"])
         self._dims = {constant.source: constant.dims for constant in branch.constants}
-
-    def fetch_attr(self, target: str) -> Any:
-        return get_tensor(self.module, target)  # type: ignore[arg-type]  # it is the Program's module
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

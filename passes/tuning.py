@@ -18,6 +18,7 @@ from kfe_fx.training.distil import Distillation
 from kfe_fx.training.features import kept_features, matching, points
 from kfe_fx.training.finetune import default_epochs, finetune
 from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
+from kfe_fx.training.penalties import finest
 from kfe_fx.training.prune_data import PruneData
 
 BETWEEN = 0.4  # share of the fine-tuning that goes between the rounds
@@ -42,12 +43,15 @@ class Tuner:
         """Refuse what is said of a fine-tuning that there is none of.
 
         Raises:
-            UsageError: a teacher, its features or an elastic penalty without training data or epochs.
+            UsageError: epochs, a rate, a teacher, its features or an elastic penalty without training data or epochs.
         """
-        asked = {name: getattr(self.settings, name) for name in ("distil", "features", "ewc")}
+        asked = {name: getattr(self.settings, name) for name in ("epochs", "lr", "distil", "features", "ewc")}
         if not self.trains and any(asked.values()):
             named = ", ".join(name for name, value in asked.items() if value)
-            raise UsageError(f"{named}: nothing is fine-tuned here; give training data and epochs, or leave it out")
+            raise UsageError(
+                f"{named}: nothing is fine-tuned here; give training data with targets (distil=1 needs none) and "
+                "epochs, or leave it out"
+            )
 
     @property
     def trains(self) -> bool:
@@ -109,4 +113,5 @@ class Tuner:
             state.small, sample.first(CURVATURE_EXAMPLES), settings.loss, statistics="ekfac",
             batch_size=settings.batch_size, seed=settings.seed,
         )  # fmt: skip
-        return store, settings.ewc
+        # as an operator: what is trained may be another view of the same tensors, whose graph is another one
+        return store.operator(state.small, finest(store)), settings.ewc

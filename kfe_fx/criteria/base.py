@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -17,8 +18,8 @@ from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
-from kfe_fx.training.functions import load_function
-from kfe_fx.training.losses import Loss, resolve_loss
+from kfe_fx.training.losses import Loss, counted, resolve_loss
+from kfe_fx.user_code import inside, load
 
 
 @dataclass
@@ -60,8 +61,8 @@ class ScoreContext:
     ) -> ScoreContext:
         """Make a context of any data and any spelling of a loss."""
         batches = None if data is None else Batches(program, data, batch_size)
-        targets = None if batches is None else batches.targets()
-        return cls(program, analysis, batches, resolve_loss(loss, targets), seed)
+        found = resolve_loss(loss, None if batches is None else batches.targets())
+        return cls(program, analysis, batches, found if batches is None else counted(found, batches.labels()), seed)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return what single weights are removed from: every floating-point parameter of at least two dims, by name.
@@ -152,6 +153,7 @@ class Criterion(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     # the scores are changes of the loss, in its unit, unless ``score`` puts others into ``context.changes``
     predicts: ClassVar[bool] = False
+    reference: str = ""  # the "file.py:Class" it was made by, whose errors are told as the user's
 
     @abstractmethod
     def score(self, context: ScoreContext) -> np.ndarray:
@@ -201,14 +203,52 @@ def resolve(spec: str | Criterion | type[Criterion]) -> Criterion:
         UsageError: there is none.
     """
     if isinstance(spec, str) and ":" in spec:
-        spec = load_function(spec)
+        found = load(spec)
+        with inside(spec):
+            made = found() if isinstance(found, type) and issubclass(found, Criterion) else found
+        if not isinstance(made, Criterion):
+            raise UsageError(f"{spec}: no kfe_fx.criteria.Criterion; name a subclass of it, or an instance")
+        made.reference = spec
+        return _complete(made)
     if isinstance(spec, Criterion):
-        return spec
+        return _complete(spec)
     if isinstance(spec, type) and issubclass(spec, Criterion):
-        return spec()
-    if not isinstance(spec, str) or spec not in _REGISTRY:
-        raise UsageError(f"there is no criterion {spec!r}; choose one of {', '.join(names())}")
+        return _complete(spec())
+    if not isinstance(spec, str):
+        told = getattr(spec, "__name__", type(spec).__name__)
+        raise UsageError(f"the criterion is {told}: give a name, a kfe_fx.criteria.Criterion or a subclass of it")
+    if spec not in _REGISTRY:
+        raise UsageError(f"there is no criterion {spec!r}; choose one of {', '.join(names())}, or give file.py:Class")
     return _REGISTRY[spec]()
+
+
+def _complete(criterion: Criterion) -> Criterion:
+    """Check what a class of a third party says of itself."""
+    name, needs = getattr(criterion, "name", None), criterion.needs
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"the criterion {type(criterion).__name__} has no name; give its class a name = '...'")
+    if isinstance(needs, str) or not all(isinstance(need, str) for need in needs):
+        raise UsageError(f"the criterion {name!r} needs {needs!r}; give a set of names, as in frozenset({{'data'}})")
+    return criterion
+
+
+@contextmanager
+def asking(criterion: Criterion, program: Program) -> Iterator[None]:
+    """Ask a criterion for scores: in evaluation mode; what a third party's raises, or changes, is told as its own.
+
+    Raises:
+        UsageError: the code of ``file.py:Class`` raised, or weights were changed.
+    """
+    foreign, training = criterion.name not in _REGISTRY, program.module().training
+    before = weights_hash(program) if foreign else ""
+    program.eval()
+    try:
+        with inside(criterion.reference) if criterion.reference else nullcontext():
+            yield
+    finally:
+        program.train(training)
+    if foreign and weights_hash(program) != before:
+        raise UsageError(f"the criterion {criterion.name!r} changed the network's weights; let it score a copy")
 
 
 def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.ndarray:
@@ -225,16 +265,12 @@ def score(spec: str | Criterion | type[Criterion], context: ScoreContext) -> np.
         UsageError: something that the criterion needs is not there, or it returned something that is no score.
     """
     criterion = resolve(spec)
-    _check_needs(criterion, context)
+    batches = context.batches
+    check_needs(criterion, batches is not None, batches is not None and batches.targets() is not None, context.store)
     context.facts["criterion"] = criterion.name
-    program = context.program
-    training = program.module().training
-    program.eval()
     context.changes = None
-    try:
+    with asking(criterion, context.program):
         returned = criterion.score(context)
-    finally:
-        program.train(training)
     scores = _numbers(criterion.name, returned)
     if scores.shape != (len(context.analysis.units),):
         wanted = len(context.analysis.units)
@@ -271,18 +307,20 @@ def _numbers(name: str, returned: Any) -> np.ndarray:
     return found
 
 
-def _check_needs(criterion: Criterion, context: ScoreContext) -> None:
-    for need in sorted(criterion.needs):
-        if need == "data":
-            present = context.batches is not None
-        elif need == "targets":
-            present = context.batches is not None and context.batches.targets() is not None
-        elif need == "curvature":
-            present = need in context.store or context.batches is not None
-        else:
-            present = need in context.store
-        if not present:
-            raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; give --data")
+def check_needs(criterion: Criterion, examples: bool, targets: bool, held: Collection[str] = ()) -> None:
+    """Check that what a criterion needs is there: examples, their targets, or entries of a context's store.
+
+    Raises:
+        UsageError: something is not there.
+    """
+    there = {"data": examples, "targets": targets, "curvature": examples}  # curvature is measured on examples
+    for need in sorted(criterion.needs - set(held)):
+        if there.get(need, False):
+            continue
+        advice = {"targets": "give --data with targets" if examples else "give --data"}.get(need, "give --data")
+        if need not in there:
+            advice = "a pass must have measured it: put it into the context's store"
+        raise UsageError(f"the criterion {criterion.name!r} needs {need}, which is not there; {advice}")
 
 
 def normalised_parameters(program: Program) -> frozenset[str]:

@@ -78,12 +78,12 @@ def curvature_kind(outputs: Any, batch: Batch, likelihood: Likelihood) -> str:
         BadData: such a loss, and no targets.
     """
     try:
-        values = likelihood.values(outputs)
+        size = likelihood.size(outputs, batch)
     except BadData:
         if batch.targets is None:
             raise
         return "empirical"
-    return "exact" if values.numel() / max(1, batch.count) <= EXACT_OUTPUTS else "sampled"
+    return "exact" if size <= EXACT_OUTPUTS else "sampled"
 
 
 def curvature_columns(
@@ -199,7 +199,7 @@ class _Pass:
     def _back(self, values: Tensor, column: Tensor | None, gates: list[Tensor], *, last: bool = False) -> Tensor:
         """Return the gradient of the sum of ``values`` (times ``column``) by every gate, [rows, units]."""
         found: Any = (None,) * len(gates)
-        if values.requires_grad:
+        if values.requires_grad and gates:
             found = torch.autograd.grad([values], gates, [column], retain_graph=not last, allow_unused=True)
         units = self.module.units
         result = torch.zeros(len(gates[0]) if gates else 1, sum(map(len, units)), dtype=torch.float64)

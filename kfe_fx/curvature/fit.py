@@ -19,7 +19,8 @@ from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, pu
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, resolve_loss, separable, settle
+from kfe_fx.training.losses import Loss, counted, cut, resolve_loss, separable, settle
+from kfe_fx.weights import check_weights
 
 SOURCES = ("empirical", "sampled", "exact")
 STATISTICS = ("diagonal", "kfac", "ekfac", "ekfac-ra")
@@ -89,6 +90,7 @@ def fit(
         if "kfac" in wanted or "ekfac" not in wanted:
             raise UsageError("bases are what 'ekfac' is measured in; leave them out, or take the statistics 'ekfac'")
         bases.check(program, weights=True)
+    check_weights(program)
     found = find_blocks(program) if blocks is None else blocks
     if not found.blocks:
         raise BadData("this network has no parameters that statistics exist for")
@@ -141,7 +143,7 @@ class Fitter:
     ) -> None:
         self.batches = batches
         targets = batches.targets()
-        self.loss: Loss | None = resolve_loss(loss, targets)
+        self.loss: Loss | None = counted(resolve_loss(loss, targets), batches.labels())
         self.source, self.samples, self.seed = source, samples, seed
         if source == "empirical" and targets is None:
             raise BadData("the source 'empirical' needs targets, and the data has none; use sampled or exact")
@@ -210,6 +212,9 @@ class Fitter:
         totals = list(self._totals(source, outputs, likelihood, batch)) if source != "exact" else []
         self.first = True
         if source == "exact":
+            drawn = likelihood.drawn_for(outputs, batch)
+            if len(drawn) > 1:  # a column is of one output: what depends on the inputs alone is counted of all at once
+                self._backward(0.0 * torch.stack([value.sum() for value in drawn]).sum(), None, collector, last=False)
             for values, column in likelihood.columns(outputs, batch):
                 self._backward(values, column, collector, last=False)
             return
@@ -247,12 +252,10 @@ class Fitter:
 
     def _automatic(self, outputs: Any, batch: Batch) -> str:
         try:
-            columns = Likelihood(self.loss, 0)
-            values = columns.values(outputs)
+            size = Likelihood(self.loss, 0).size(outputs, batch)
         except BadData:
             return "empirical"
-        per_example = values.numel() // max(1, batch.count)
-        return "exact" if per_example <= EXACT_OUTPUTS else "sampled"
+        return "exact" if size <= EXACT_OUTPUTS else "sampled"
 
     def _sink(self, observation: Observation) -> None:
         wanted = [sink for sink in self.sinks if sink.takes(observation.block)]

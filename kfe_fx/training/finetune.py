@@ -23,7 +23,7 @@ from kfe_fx.training.loop import (
     run_epochs,
     steps_of,
 )
-from kfe_fx.training.losses import resolve_loss
+from kfe_fx.training.losses import counted, resolve_loss
 from kfe_fx.training.metrics import resolve_metric
 from kfe_fx.training.optimizer_state import close_optimizer, make_optimizer
 from kfe_fx.training.parallel import check_shared, share_tensors
@@ -97,7 +97,7 @@ def finetune(
     """
     batches = Batches(program, data, batch_size)
     targets = batches.targets()
-    found = resolve_loss(loss, targets)
+    found = counted(resolve_loss(loss, targets), batches.labels())
     taught = teach(program, batches, targets, found, teacher, distil, temperature, features)
     if taught is not None:
         batches, found = taught.batches, found if taught.weight < 1 else taught.loss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfe_fx.data.checks import check_targets, validate_against
+from kfe_fx.data.checks import check_finite, check_targets, validate_against
 from kfe_fx.data.dataset import ArrayData
 from kfe_fx.errors import BadData
 from kfe_fx.program import Program
@@ -28,11 +28,11 @@ def fit_examples(program: Program, data: ArrayData | None, loss: Loss | None = N
     """Check inputs and, unless the loss is a function of the user's, targets; one small batch is run for that.
 
     Raises:
-        BadData: the inputs or targets do not fit the network, or there are too few for one batch.
+        BadData: the inputs or targets do not fit the network or are not finite, or there are too few for one batch.
     """
     if data is None:
         return None
-    fitted = fit_inputs(program, data)
+    fitted = check_finite(fit_inputs(program, data))
     if fitted.targets is not None and (loss is None or loss.name in ("cross-entropy", "mse")):
         _check_targets(program, fitted, fitted.targets, loss)
     return fitted

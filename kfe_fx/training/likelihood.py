@@ -3,7 +3,11 @@
 Scores [N, C, ...] with C > 1 are logits of a softmax (or already its probabilities); anything else is the mean of a
 Gaussian. Token scores [N, T, C] for integer inputs [N, T] have their classes last; where there are class targets, their
 shape says which dim the classes are, as it does for the loss. A loss by name ("cross-entropy", "mse") decides instead,
-and brings its scale: the loss of an example is the mean over its positions or elements.
+and brings its scale: the loss of an example is the mean over its positions or elements. Positions whose label is -100
+have no loss, and so no curvature.
+
+Where there is neither a loss nor a target, every output is to stay what it is: those beside the main one are Gaussians,
+the loss of each 1/2 of its mean square change over its variance in the batch.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfe_fx.data.checks import IGNORED
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.training.batches import Batch
-from kfe_fx.training.losses import Loss, class_scores, main_output
+from kfe_fx.training.losses import Loss, class_scores, floating_outputs, main_output
 
 CATEGORICAL, GAUSSIAN = "categorical", "Gaussian"
 MAX_COLUMNS = 1024
@@ -26,9 +31,10 @@ MAX_COLUMNS = 1024
 class Likelihood:
     """Draw labels and take the negative log-likelihood of them, or go through its whole second derivative."""
 
-    def __init__(self, loss: Loss | None, seed: int) -> None:
-        """Take the family from the loss if it is one of ours; draw with ``seed``."""
+    def __init__(self, loss: Loss | None, seed: int, *, main: bool = False) -> None:
+        """Take the family from the loss if it is one of ours; draw with ``seed``; ``main``: only of the main output."""
         self.loss = loss
+        self.main = main or loss is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.name, "") if loss is not None else ""
         self.classes_last: bool | None = None  # as the targets of a batch said; batches without any go by it
@@ -40,16 +46,27 @@ class Likelihood:
             BadData: a loss of the user's own was given, for which no distribution is known.
         """
         values = self.values(outputs)
+        total = self._total(values, batch)
+        for other in self._others(outputs, batch):
+            total = total + self._drawn(other, _relative_scale(other, batch.count))
+        return total
+
+    def _drawn(self, values: Tensor, scale: float) -> Tensor:
+        noise = torch.randn(values.shape, dtype=values.dtype, generator=self.generator).to(values.device)
+        return 0.5 * ((values - (values.detach() + noise / scale)) ** 2).sum() * scale**2
+
+    def _total(self, values: Tensor, batch: Batch) -> Tensor:
         if self.family == GAUSSIAN:
-            noise = torch.randn(values.shape, dtype=values.dtype, generator=self.generator).to(values.device)
-            scale = self._gaussian_scale(values, batch.count)
-            return 0.5 * ((values - (values.detach() + noise / scale)) ** 2).sum() * scale**2
+            return self._drawn(values, self._gaussian_scale(values, batch.count))
         scores = self._scores(values, batch)
         logs = _log_probabilities(scores)
         chances = logs.detach().exp().cpu()
         # scores that are not finite give a loss that is not, whatever label is drawn: whoever measures leaves it out
         chances = chances.where(chances.isfinite().all(1, keepdim=True), 1.0)
         drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0].to(logs.device)
+        ignored = self._ignored(scores, batch)
+        if ignored is not None and self.loss is not None and self.loss.positions is not None:
+            return F.nll_loss(logs, drawn.masked_fill(ignored, IGNORED), reduction="sum") / self.loss.positions
         return F.nll_loss(logs, drawn, reduction="sum") * batch.count / len(logs)
 
     def columns(self, outputs: object, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,16 +79,46 @@ class Likelihood:
             BadData: a loss of the user's own was given, for which no distribution is known.
             UsageError: there are more than 1,024 columns.
         """
-        values = self.values(outputs)
+        values, *others = self.drawn_for(outputs, batch)
+        _bound(self.size(outputs, batch))
         if self.family == GAUSSIAN:
-            yield from self._gaussian_columns(values, batch.count)
-            return
+            yield from _gaussian_columns(values, batch.count, self._gaussian_scale(values, batch.count))
+        else:
+            yield from self._categorical_columns(values, batch)
+        for other in others:
+            yield from _gaussian_columns(other, batch.count, _relative_scale(other, batch.count))
+
+    def size(self, outputs: object, batch: Batch) -> int:
+        """Count the outputs of one example that labels are drawn for, a column each."""
+        return sum(value.numel() for value in self.drawn_for(outputs, batch)) // max(1, batch.count)
+
+    def drawn_for(self, outputs: object, batch: Batch) -> list[Tensor]:
+        """Return the outputs that labels are drawn for, the main one first."""
+        return [self.values(outputs), *self._others(outputs, batch)]
+
+    def _others(self, outputs: object, batch: Batch) -> list[Tensor]:
+        """Return the outputs beside the main one, where nothing says which of them count."""
+        if self.main or batch.targets is not None:
+            return []
+        values = main_output(outputs)
+        found = [value for value in floating_outputs(outputs) if value is not values and value.requires_grad]
+        return [value for value in found if value.numel() % batch.count == 0]
+
+    def _ignored(self, scores: Tensor, batch: Batch) -> Tensor | None:
+        """Tell which rows of scores [N * positions, C] have no loss, by their labels."""
+        targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.numel() != len(scores):
+            return None
+        return (targets.reshape(-1) == IGNORED).to(scores.device)
+
+    def _categorical_columns(self, values: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         scores = self._scores(values, batch)
         positions, classes = len(scores) // batch.count, scores.shape[1]
-        _bound(positions * classes)
         with torch.no_grad():
             chances = _log_probabilities(scores).exp()
-            weight = (chances / positions).sqrt()
+            weight, ignored = (chances / positions).sqrt(), self._ignored(scores, batch)
+            if ignored is not None and self.loss is not None and self.loss.positions is not None:
+                weight = (chances / self.loss.positions).sqrt().masked_fill(ignored[:, None], 0.0)
             identity = torch.eye(classes, dtype=scores.dtype, device=scores.device)
             if _normalised(scores):
                 slopes = identity / chances.clamp_min(torch.finfo(scores.dtype).tiny).unsqueeze(1)
@@ -83,15 +130,6 @@ class Likelihood:
                 rows = slice(position, None, positions)
                 column[rows] = weight[rows, drawn, None] * slopes[rows, drawn]
                 yield scores, column
-
-    def _gaussian_columns(self, values: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        flat = values.reshape(count, -1)
-        _bound(flat.shape[1])
-        scale = self._gaussian_scale(values, count)
-        for element in range(flat.shape[1]):
-            column = torch.zeros_like(flat)
-            column[:, element] = scale
-            yield flat, column
 
     def _gaussian_scale(self, values: Tensor, count: int) -> float:
         """Return 1 / standard deviation: the loss (1/O) sum (y - t)^2 is that of a variance O / 2."""
@@ -115,6 +153,22 @@ class Likelihood:
         last = _are_tokens(values, batch) if self.classes_last is None else self.classes_last
         scores = values if last else values.movedim(1, -1)
         return scores.reshape(-1, scores.shape[-1])  # [N * positions, C]
+
+
+def _gaussian_columns(values: Tensor, count: int, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    flat = values.reshape(count, -1)
+    for element in range(flat.shape[1]):
+        column = torch.zeros_like(flat)
+        column[:, element] = scale
+        yield flat, column
+
+
+def _relative_scale(values: Tensor, count: int) -> float:
+    """Return 1 / standard deviation, for a loss of half the mean square change relative to the variance."""
+    held = values.detach()
+    spread = float(held.var(correction=0)) if held.numel() > 1 else 0.0
+    spread = spread if spread > 0 and math.isfinite(spread) else 1.0
+    return math.sqrt(count / (held.numel() * spread))
 
 
 def _classes_last(values: Tensor, targets: object) -> bool | None:

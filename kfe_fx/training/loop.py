@@ -285,6 +285,10 @@ def run_epochs(
             after_epoch(trainer)
     if record.kept is not None:
         put_state(program, record.kept)
+    if not all(bool(torch.isfinite(value).all()) for value in trainer.parameters):
+        raise UsageError(
+            f"the weights are not finite any more after {trainer.done} steps; lower --lr (now {trainer.rates[0]:g})"
+        )
 
 
 def put_state(program: Program, state: dict[str, Tensor]) -> None:

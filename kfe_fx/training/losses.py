@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfe_fx.data.checks import IGNORED
 from kfe_fx.errors import BadData, UsageError
-from kfe_fx.training.functions import load_function
+from kfe_fx.user_code import load_function
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -22,21 +23,50 @@ class Loss:
 
     ``function(outputs, targets)`` returns a vector [N], or a scalar that is their "mean" or "sum" as ``reduction``
     says ("none" for the vector).
+
+    ``positions``: of a cross-entropy of labels some of which are -100: how many positions of an example count, on the
+    average over the data. The loss of an example is the sum over those that count, over this number: that is a loss of
+    each example alone, and the mean over the data is the mean over what counts. None where all count.
     """
 
     name: str
     function: LossFunction
     reduction: str
+    positions: float | None = None
 
     def total(self, outputs: Any, targets: Any, count: int) -> Tensor:
         """Return the sum of the losses of ``count`` examples; a mean is multiplied back."""
+        if self.positions is not None:
+            logits, classes = class_scores(outputs, targets)
+            return F.cross_entropy(logits, classes.long(), reduction="sum") / self.positions
         value = self.function(outputs, targets)
         return value.sum() if self.reduction != "mean" else value.sum() * count
 
     def mean(self, outputs: Any, targets: Any, count: int) -> Tensor:
-        """Return the mean loss of ``count`` examples."""
+        """Return the mean loss of ``count`` examples; of a cross-entropy over the positions here that count."""
+        if self.positions is not None:
+            logits, classes = class_scores(outputs, targets)
+            valid = (classes != IGNORED).sum().clamp_min(1)
+            return F.cross_entropy(logits, classes.long(), reduction="sum") / valid
         value = self.function(outputs, targets)
         return value.sum() if self.reduction == "mean" else value.sum() / count
+
+
+def counted(loss: Loss | None, targets: Iterable[Any]) -> Loss | None:
+    """Count which labels of a cross-entropy count: see ``Loss.positions``.
+
+    Args:
+        loss: any loss, or None; only a cross-entropy by name changes.
+        targets: of all the examples that it will be a mean over, in any number of parts.
+    """
+    if loss is None or loss != _NAMED["cross-entropy"]:
+        return loss
+    examples = valid = total = 0
+    for part in targets:
+        if not isinstance(part, Tensor) or part.is_floating_point():
+            return loss
+        examples, total, valid = examples + len(part), total + part.numel(), valid + int((part != IGNORED).sum())
+    return loss if valid in (0, total) else replace(loss, positions=valid / examples)
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
@@ -67,10 +97,15 @@ def main_output(outputs: Any) -> Tensor:
     Raises:
         UsageError: no output is floating-point.
     """
-    found = [value for value in _leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
+    found = floating_outputs(outputs)
     if not found:
         raise UsageError("the network has no floating-point output to take a loss of; name a --loss")
     return next((value for value in found if value.dim() >= 2), found[0])
+
+
+def floating_outputs(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors among nested outputs, in order."""
+    return [value for value in _leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -146,6 +181,7 @@ def settle(loss: Loss, outputs: Any, targets: Any, count: int) -> Loss:
 
     Raises:
         UsageError: the value is no scalar and no vector [N], or a batch twice over gives neither the same nor twice it.
+        BadData: it is not finite.
     """
     if loss.reduction in ("mean", "sum", "none"):
         return loss
@@ -157,6 +193,8 @@ def settle(loss: Loss, outputs: Any, targets: Any, count: int) -> Loss:
             return Loss(loss.name, loss.function, "none")
         if once.numel() != 1:
             raise UsageError(f"the loss {loss.name!r} returns {list(once.shape)}; return a mean, a sum or [N]")
+        if not bool(torch.isfinite(once).all()):
+            raise BadData(f"the loss {loss.name!r} is {float(once.sum()):g} on a batch; check the data and the loss")
         again = loss.function(_twice(outputs, count), _twice(targets, count)).sum()
         once = once.sum()
     for reduction, expected in (("mean", once), ("sum", 2 * once)):

@@ -154,11 +154,11 @@ def ewc_penalty(program: Program, ewc: Any) -> Quadratic | Differentiated:
     curvature, strength, anchor = ewc[0], ewc[1], ewc[2] if len(ewc) == 3 else None
     if isinstance(curvature, Store):
         curvature.check(program, weights=anchor is None)
-        curvature = curvature.operator(program, _finest(curvature))
+        curvature = curvature.operator(program, finest(curvature))
     return Quadratic(program, curvature, strength, anchor)
 
 
-def _finest(store: Store) -> str:
+def finest(store: Store) -> str:
     """Choose the kind of curvature that a store has most of, the finer one first."""
     blocks = [block for block in store.blocks.values() if block.kind == "kronecker"]
     if not blocks or any(block.S is not None for block in blocks):

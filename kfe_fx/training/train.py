@@ -19,7 +19,7 @@ from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.group_lasso import GroupLasso
 from kfe_fx.training.l0 import L0, Weights, check_strength, ensure_gates, notes_of
 from kfe_fx.training.loop import SCHEDULES, Judge, Progress, Trainer, facts_of, probe, run_epochs, steps_of
-from kfe_fx.training.losses import Loss, resolve_loss
+from kfe_fx.training.losses import Loss, counted, resolve_loss
 from kfe_fx.training.metrics import resolve_metric
 from kfe_fx.training.optimizer_state import close_optimizer, make_optimizer
 from kfe_fx.training.parallel import check_shared, share_tensors
@@ -125,7 +125,7 @@ def train(
     batches, held, told = _divided(program, data, val, loss, batch_size, seed)
     check_shared(batches, group)
     targets = batches.targets()
-    found = resolve_loss(loss, targets)
+    found = counted(resolve_loss(loss, targets), batches.labels())
     gated = bool(l0) and ensure_gates(program, seed)
     taught = teach(program, batches, targets, found, teacher, distil, temperature, features or None)
     if taught is not None:

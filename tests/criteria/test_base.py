@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from kfe_fx import sparsify
 from kfe_fx.criteria import Criterion, ScoreContext, base, names, register, resolve, score
 from kfe_fx.errors import UsageError
+from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import analyze
 from tests.criteria.nets import program_of
 
@@ -69,3 +73,99 @@ def test_a_tensor_that_requires_gradients_is_its_values():
         given = torch.ones(6, dtype=dtype, requires_grad=True)
         found = score(type("Live", (Constant,), {"score": lambda self, context, v=given: v}), context_without_data())
         assert found.tolist() == [1.0] * 6
+
+
+OWN = """
+import numpy as np, torch
+from kfe_fx.criteria import Criterion
+
+class Fine(Criterion):
+    name = "own"
+    def score(self, context):
+        return np.arange(len(context.analysis.units), dtype=float)
+    def weights(self, context):
+        return {name: value.detach().abs().numpy() for name, value in context.weights().items()}
+
+class Raises(Fine):
+    def score(self, context):
+        raise KeyError("my own")
+    weights = score
+
+class Unnamed(Criterion):
+    def score(self, context):
+        return []
+
+class Abstract(Criterion):
+    name = "abstract"
+
+class Argument(Fine):
+    def __init__(self, x):
+        self.x = x
+
+class Letters(Fine):
+    needs = "data"
+
+class Zeroes(Fine):
+    def score(self, context):
+        with torch.no_grad():
+            for value in context.program.module().parameters():
+                value.zero_()
+        return super().score(context)
+
+made = Fine()
+
+def function(context):
+    return []
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Raises", r"own.py:Raises: raised KeyError: 'my own' \(.*own.py:14\)"),
+        ("Unnamed", "Unnamed has no name"),
+        ("Abstract", "raised TypeError: .*abstract"),
+        ("Argument", "raised TypeError: .*'x'"),
+        ("Letters", r"needs 'data'; give a set"),
+        ("Zeroes", "changed the network's weights"),
+        ("function", "no kfe_fx.criteria.Criterion"),
+        ("missing", "defines no 'missing'"),
+    ],
+)
+def test_mistakes_of_a_third_party_are_told_as_its_own(tmp_path: Path, name: str, told: str):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    with pytest.raises(UsageError, match=told):
+        score(f"{path}:{name}", context_without_data())
+
+
+def test_classes_and_instances_in_files(tmp_path: Path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    for name in ("Fine", "made"):
+        assert score(f"{path}:{name}", context_without_data()).tolist() == list(range(6))
+    program, _ = program_of("outer")
+    assert sparsify(program, sparsity=0.5, criterion=f"{path}:Fine").certificate.reached == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_class_that_is_no_criterion_is_named():
+    with pytest.raises(UsageError, match="the criterion is dict: give a name"):
+        resolve(dict)  # type: ignore[arg-type]
+
+
+class Fixed(nn.Module):
+    """Nothing of it can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x)
+
+
+@pytest.mark.parametrize("name", ["fisher", "taylor", "taylor-so", "lm", "qm", "obd", "group-fisher", "magnitude"])
+def test_a_network_without_units_has_no_scores(name: str):
+    program = capture(Fixed().eval(), torch.randn(2, 3))
+    data = torch.randn(4, 3), torch.arange(4) % 2
+    assert score(name, ScoreContext.of(program, analyze(program), data)).shape == (0,)

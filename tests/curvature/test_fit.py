@@ -299,10 +299,28 @@ class TwoHeads(nn.Module):
 
 def test_a_layer_that_the_loss_does_not_reach_is_named() -> None:
     program = kfe_fx.capture(TwoHeads(), (torch.randn(2, 2),))
-    held = fit(program, torch.randn(4, 2), statistics=ALL, source="exact")
+    x = torch.randn(4, 2)
+    held = fit(program, (x, torch.tensor([0, 1, 2, 0])), statistics=ALL, source="exact")
     assert held.blocks["second.weight"].examples == 0
     operator = held.operator(program, "ekfac")
     assert [item.parameter for item in operator.missing] == ["second.weight", "second.bias"]
+
+
+def test_of_several_outputs_the_inputs_are_counted_once() -> None:
+    """Without labels or a loss both heads count: A of each is that of the inputs, G that of its own outputs."""
+    torch.manual_seed(0)
+    program, x = kfe_fx.capture(TwoHeads().double(), (torch.randn(2, 2).double(),)), torch.randn(4, 2).double()
+    held = fit(program, x, statistics=ALL, source="exact").blocks
+    rows = torch.cat([x, torch.ones(4, 1)], 1).double()
+    for name in ("first.weight", "second.weight"):
+        assert held[name].examples == 4
+        torch.testing.assert_close(held[name].sums["A"][0], rows.T @ rows, rtol=1e-12, atol=1e-12)
+    p = program(x)[0].softmax(1)
+    G = torch.diag(p.sum(0)) - p.T @ p
+    torch.testing.assert_close(held["first.weight"].sums["G"][0], G, rtol=1e-12, atol=1e-12)
+    other = program(x)[1]
+    G = torch.eye(4).double() / (4 * other.var(correction=0))
+    torch.testing.assert_close(held["second.weight"].sums["G"][0], 4 * G, rtol=1e-12, atol=1e-12)
 
 
 class Crossed(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kfe_fx
 from kfe_fx.criteria import Criterion, ScoreContext, resolve
-from kfe_fx.errors import UnsupportedModel, UsageError, VerificationFailed
+from kfe_fx.errors import BadData, UnsupportedModel, UsageError, VerificationFailed
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels import registry
 from kfe_fx.labels.analysis import analyze
@@ -264,6 +264,14 @@ def test_a_module_needs_example_inputs() -> None:
         {"budget": 0.5, "rounds": 0},
         {"budget": 0.5, "epochs": -1},
         {"budget": 0.5, "batch_size": 2.5},
+        {"budget": 0.5, "metric": "macs", "provider": "NoSuch"},
+        {"budget": 0.5, "metric": "macs", "precision": "int8"},
+        {"budget": 0.5, "metric": "params", "threads": 3},
+        {"budget": 0.5, "metric": "macs", "epochs": 5},
+        {"budget": 0.5, "metric": "macs", "lr": 1.0},
+        {"budget": 0.5, "metric": "widths", "rounds": 4},
+        {"budget": 0.5, "metric": "widths", "schedule": "netadapt"},
+        {"budget": 0.5, "rounds": 1, "schedule": "netadapt"},
         *({"budget": 0.5, "seed": seed} for seed in (2**70, -1, "one", 1.5, None)),
     ],
 )
@@ -365,3 +373,52 @@ def test_a_parameter_that_nothing_reads():
 
     result = prune(Spare(), X, budget=0.5, metric="widths", criterion="magnitude")
     assert torch.equal(result.module().state_dict()["never_read"], torch.ones(2))
+
+
+class TwoHeads(nn.Module):
+    """Two outputs alike, each with hidden units of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(8, 24)
+        self.first, self.second = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.trunk(x))
+        return {"cls": self.first(h), "box": self.second(h)}
+
+
+def test_every_output_counts_unless_a_loss_says_otherwise() -> None:
+    torch.manual_seed(0)
+    net, x = TwoHeads().eval(), torch.randn(64, 8)
+    labels = torch.randint(0, 4, (64,))
+    program = capture(net, x[:2])
+
+    def error(result: PruneResult, name: str) -> float:
+        ours, theirs = result.program(x)[name], net(x)[name]
+        return float((ours - theirs).detach().square().mean() / theirs.detach().var())
+
+    blind = prune(program, budget=0.6, metric="params")
+    assert error(blind, "box") < 0.2  # 0.21 and 0.45 where nothing of it is looked at
+    assert not any("looks at" in note for note in blind.certificate.notes)
+    labelled = prune(program, budget=0.6, metric="params", data=(x, labels), epochs=0)
+    told = "the loss looks at the output cls alone: what only box needs counts as worth nothing; name a --loss"
+    assert any(note.startswith(told) for note in labelled.certificate.notes)
+
+    def both(outputs: Any, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs["cls"], targets) + outputs["box"].square().mean()
+
+    whole = prune(program, budget=0.6, metric="params", data=(x, labels), loss=both, epochs=0)
+    assert not any("looks at" in note for note in whole.certificate.notes)
+    plain = prune(program, budget=0.6, metric="params", data=(x, labels), criterion="magnitude", epochs=0)
+    assert not any("looks at" in note for note in plain.certificate.notes)
+
+
+def test_examples_that_are_not_finite_are_refused() -> None:
+    program = capture(TwoHeads().eval(), torch.zeros(2, 8))
+    x, labels = torch.randn(40, 8), torch.arange(40) % 4
+    broken = x.clone()
+    broken[7, 3] = torch.nan
+    for given in ({"data": (broken, labels)}, {"data": (x, labels), "val": (broken, labels)}):
+        with pytest.raises(BadData, match="1 NaN or infinite value in 1 of 40 examples"):
+            prune(program, budget=0.5, metric="macs", criterion="magnitude", epochs=0, **given)

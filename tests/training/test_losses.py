@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfe_fx.errors import BadData, UsageError
-from kfe_fx.training.losses import cross_entropy, main_output, mean_square, resolve_loss, settle
+from kfe_fx.training.losses import counted, cross_entropy, main_output, mean_square, resolve_loss, settle
 
 LOGITS, CLASSES = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
 
@@ -86,10 +86,10 @@ def test_a_function_from_a_file(tmp_path: Path):
     assert loss is not None
     assert settle(loss, LOGITS, CLASSES, 4).reduction == "none"
     for reference, told in (
-        (f"{file}:other", "defines no function"),
-        (f"{file}:number", "defines no function"),
+        (f"{file}:other", "defines no"),
+        (f"{file}:number", "int, not a function"),
         (f"{tmp_path / 'none.py'}:loss", "no such file"),
-        ("nowhere.at.all:loss", "cannot be imported"),
+        ("nowhere.at.all:loss", "there is no module 'nowhere'"),
         ("loss", "does not name a function"),
     ):
         with pytest.raises(UsageError, match=told):
@@ -97,3 +97,31 @@ def test_a_function_from_a_file(tmp_path: Path):
     file.write_text("def loss(:\n")
     with pytest.raises(UsageError, match="SyntaxError"):
         resolve_loss(f"{file}:loss", CLASSES)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_labels_that_do_not_count_leave_a_loss_of_each_example(last: bool):
+    logits = torch.randn(6, 4, 5, dtype=torch.float64)  # [N, T, C]
+    labels = torch.randint(0, 5, (6, 4))
+    labels[0, 1:], labels[3] = -100, -100
+    scores = logits if last else logits.movedim(2, 1)
+    plain = resolve_loss(None, labels)
+    assert counted(plain, [torch.randint(0, 5, (6, 4))]) == plain
+    assert counted(plain, [None]) == counted(plain, [torch.full((6, 4), -100)]) == plain
+    loss = counted(plain, [labels[:2], labels[2:]])
+    assert loss is not None
+    valid = int((labels != -100).sum())
+    assert loss.positions == valid / 6
+    whole = float(F.cross_entropy(logits.movedim(2, 1), labels))  # over what counts
+    for size in (1, 2, 5, 6):
+        total = sum(float(loss.total(scores[i : i + size], labels[i : i + size], size)) for i in range(0, 6, size))
+        assert total / 6 == pytest.approx(whole, rel=1e-12)
+    assert float(loss.mean(scores, labels, 6)) == pytest.approx(whole, rel=1e-12)
+    assert float(loss.mean(scores[3:4], labels[3:4], 1)) == 0  # nothing counts here
+
+
+def test_a_loss_that_is_not_finite_is_told_as_that():
+    loss = resolve_loss(lambda outputs, targets: outputs.sum() * torch.nan, CLASSES)
+    assert loss is not None
+    with pytest.raises(BadData, match="is nan on a batch"):
+        settle(loss, LOGITS, CLASSES, 4)
