@@ -85,7 +85,12 @@ def show_measured(facts: dict[str, Any]) -> None:
 
 @click.command("curvature")
 @options.MODEL
-@click.option("--data", metavar="DATA", help="Examples to measure on, as for prune; without it nothing is measured.")
+@click.option(
+    "--data",
+    type=options.Data(),
+    metavar="DATA",
+    help="Examples to measure on, as for prune; without it nothing is measured.",
+)
 @click.option(
     "--loss",
     type=options.Reference("cross-entropy", "mse"),

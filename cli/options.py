@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from kfe_fx.errors import UsageError
 
@@ -91,6 +92,30 @@ class Reference(click.ParamType):
             self.fail(f"{value!r} does not name a function: write {' or '.join(forms)}", param, ctx)
         return str(value)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer what is built in, and files."""
+        return _words_or_files(self.named, incomplete)
+
+
+class Data(click.ParamType):
+    """Examples, as ``kfe_fx.data`` reads them; the text is handed on."""
+
+    name = "data"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Hand the text on."""
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer what is built in, and files and folders."""
+        return _words_or_files(("glyphs:", "chars:", "tags:", "digits"), incomplete)
+
+
+def _words_or_files(words: tuple[str, ...], incomplete: str) -> list[CompletionItem]:
+    # files first: bash forgets what came before them
+    made = [CompletionItem(incomplete, type="file")]
+    return made + [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
@@ -133,6 +158,7 @@ loading = stack(
 
 data = click.option(
     "--data",
+    type=Data(),
     metavar="DATA",
     help="Examples to score with, and to fine-tune on: an .npz with arrays x and y, a folder of images with one folder "
     "per class, file.py:factory (which runs it), glyphs:COUNT, chars:COUNT, tags:COUNT or digits. Bytes are never "
@@ -142,7 +168,10 @@ data = click.option(
 
 # Where the examples only show what the network reads.
 example_data = click.option(
-    "--data", metavar="DATA", help="Where the file has no example input: take the first of these, as for prune."
+    "--data",
+    type=Data(),
+    metavar="DATA",
+    help="Where the file has no example input: take the first of these, as for prune.",
 )
 
 bounds = stack(
@@ -230,7 +259,9 @@ selecting = stack(
 
 # What a network is judged by, and on what.
 judging = stack(
-    click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded part of --data is held out."),
+    click.option(
+        "--val", type=Data(), metavar="DATA", help="Held-out examples; without it a seeded part of --data is held out."
+    ),
     click.option(
         "--eval",
         "evaluate",

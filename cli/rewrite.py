@@ -23,7 +23,7 @@ from kfe_fx.cli.examples import load_examples
     metavar="FILE",
     help="The program file to write.",
 )
-@click.option("--data", metavar="DATA", help="Examples for passes that measure, as for prune.")
+@click.option("--data", type=options.Data(), metavar="DATA", help="Examples for passes that measure, as for prune.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs of passes that keep the function.")
 @options.force
 @options.loading

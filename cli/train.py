@@ -130,11 +130,17 @@ def show(job: Job, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
 @click.option(
     "--data",
     required=True,
+    type=options.Data(),
     metavar="DATA",
     help="Examples with targets: an .npz with arrays x and y, a folder of images, file.py:factory, glyphs:COUNT, "
     "chars:COUNT, tags:COUNT or digits, as for prune.",
 )
-@click.option("--val", metavar="DATA", help="Held-out examples; without it a seeded fifth of --data is held out.")
+@click.option(
+    "--val",
+    type=options.Data(),
+    metavar="DATA",
+    help="Held-out examples; without it a seeded fifth of --data is held out.",
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["ekfac", "kfac", "adamw", "sgd"]),
