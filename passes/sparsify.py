@@ -31,6 +31,7 @@ from kfe_fx.program import Program, ProgramModule
 from kfe_fx.training.fit import fit_examples
 from kfe_fx.training.losses import resolve_loss
 from kfe_fx.training.metrics import resolve_metric
+from kfe_fx.training.optimizer_state import trained_parameters
 from kfe_fx.training.prune_data import arrange
 from kfe_fx.weights import check_weights
 
@@ -139,6 +140,9 @@ def sparsify(
     check_weights(program)
     examples, held = _fitting(program, data, loss, "data"), _fitting(program, val, loss, "val")
     arranged = arrange(examples, held, program.extras.get("calibration"), seed=seed)
+    tunes = arranged.training is not None and epochs != 0
+    if tunes:
+        trained_parameters(program)
     sample = arranged.calibration
     check_needs(chosen, sample is not None, sample is not None and sample.targets is not None)
     report = progress or (lambda stage, done=None: None)
@@ -155,7 +159,7 @@ def sparsify(
     run.prune(sparsities(sparsity, rounds or (1 if chosen.name in CONSTANT else ROUNDS), schedule))
     run.repair()
     run.judge("right_after", judge)
-    if arranged.training is not None and epochs != 0:
+    if tunes:
         run.finetune(optimizer, lr, epochs)
         run.judge("after", judge)
     run.tell()

@@ -17,7 +17,7 @@ from kfe_fx.program import Program
 from kfe_fx.training.distil import Distillation
 from kfe_fx.training.features import kept_features, matching, points
 from kfe_fx.training.finetune import default_epochs, finetune
-from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer
+from kfe_fx.training.optimizer_state import make_optimizer, slice_optimizer, trained_parameters
 from kfe_fx.training.penalties import finest
 from kfe_fx.training.prune_data import PruneData
 
@@ -40,11 +40,14 @@ class Tuner:
     optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is said of a fine-tuning that there is none of.
+        """Refuse what is said of a fine-tuning that there is none of, and one of nothing, before the long work.
 
         Raises:
-            UsageError: epochs, a rate, a teacher, its features or an elastic penalty without training data or epochs.
+            UsageError: epochs, a rate, a teacher, its features or an elastic penalty without training data or epochs;
+                or every parameter is frozen.
         """
+        if self.trains:
+            trained_parameters(self.dense)
         asked = {name: getattr(self.settings, name) for name in ("epochs", "lr", "distil", "features", "ewc")}
         if not self.trains and any(asked.values()):
             named = ", ".join(name for name, value in asked.items() if value)

@@ -18,6 +18,21 @@ _DEFAULT_RATES = {"adamw": 1e-3, "sgd": 1e-2}  # those of the other two are thei
 WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4, "ekfac": 5e-4, "kfac": 5e-4}
 
 
+def trained_parameters(program: Program) -> list[nn.Parameter]:
+    """Return the parameters that ask for a gradient.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = [parameter for parameter in program.module().parameters() if parameter.requires_grad]
+    if not found:
+        raise UsageError(
+            "this network has no parameter to train: none asks for a gradient; leave training out (epochs 0), or let "
+            "some ask (requires_grad_)"
+        )
+    return found
+
+
 def make_optimizer(
     program: Program, name: str = "adamw", lr: float | None = None, **options: Any
 ) -> torch.optim.Optimizer:
@@ -40,9 +55,7 @@ def make_optimizer(
     given = {key: value for key, value in options.items() if value is not None}
     if given and name not in CURVATURE:
         raise UsageError(f"{name} takes no {next(iter(given))}; that is for {' and '.join(CURVATURE)}")
-    trained = [parameter for parameter in program.module().parameters() if parameter.requires_grad]
-    if not trained:
-        raise UsageError("this network has no parameter to train: none asks for a gradient")
+    trained = trained_parameters(program)
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY[name]},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},

@@ -442,6 +442,16 @@ def test_options_that_mean_nothing(trained: Program, options: dict[str, Any], sa
         run(trained, **options)
 
 
+def test_frozen_parameters_are_told_before_the_long_work(trained: Program, monkeypatch: pytest.MonkeyPatch):
+    frozen = trained.copy()
+    for parameter in frozen.module().parameters():
+        parameter.requires_grad_(False)
+    assert run(frozen, epochs=0).certificate.reached  # scores need no gradients of parameters
+    monkeypatch.setattr(Rounds, "run", lambda self: pytest.fail("the long work began"))
+    with pytest.raises(UsageError, match=r"no parameter to train: .*epochs 0"):
+        run(frozen, epochs=1)
+
+
 @pytest.mark.parametrize("schedule", ["exponential", "theis"])
 def test_the_elastic_penalty_goes_with_every_schedule(trained: Program, schedule: str):
     result = run(trained, schedule=schedule, rounds=2, ewc=0.1)
