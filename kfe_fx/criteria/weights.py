@@ -144,9 +144,11 @@ def _scaled(context: ScoreContext) -> Iterator[tuple[Tensor, list[tuple[np.ndarr
 
 @register
 class GeometricMedian(Criterion):
-    """FPGM (He et al. 2019, equation 4): the sum of the distances to the other filters of the layer.
+    """FPGM (He et al. 2019, equation 4), as a mean: how far it is to the other filters of the layer.
 
-        score_u = sum over the units v of the layer of |w_u - w_v|_2
+        score_u = 1 / (n - 1) * sum over the n units v of the layer of |w_u - w_v|_2
+
+    Within a layer the mean ranks as the published sum does; across layers the sum grows with their width.
 
     w_u are the rows that make the unit (all gates, or all rows of a head, in their order), without biases and with the
     scale of the batch norm behind them folded in. It takes away what others can stand in for, not what is small. A unit
@@ -156,7 +158,7 @@ class GeometricMedian(Criterion):
     name: ClassVar[str] = "fpgm"
 
     def score(self, context: ScoreContext) -> np.ndarray:
-        """Return the sum of distances, the mean over the layers that make the unit, [units]."""
+        """Return the mean distance, itself a mean over the layers that make the unit, [units]."""
         units = len(context.analysis.units)
         total, count = np.zeros(units), np.zeros(units)
         scales = norm_scales(context.program)
@@ -205,5 +207,5 @@ def _by_count(groups: np.ndarray, ids: np.ndarray) -> Iterable[tuple[np.ndarray,
 
 
 def _distances(filters: Tensor) -> np.ndarray:
-    """Return the sum of the distances of each row to all others, [n]."""
-    return torch.cdist(filters, filters).sum(1).numpy()
+    """Return the mean distance of each row to the others, [n]."""
+    return (torch.cdist(filters, filters).sum(1) / max(1, len(filters) - 1)).numpy()

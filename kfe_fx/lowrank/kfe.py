@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from kfe_fx.program import Program
 
 PRODUCT, MOMENTS = STATISTICS = ("product", "moments")
 ZERO = 1e-10  # eigenvalues up to this are zero (the authors' code)
+EQUAL = 1e-12  # of the largest: eigenvalues that differ by less are equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,9 @@ class Kfe(Axes):
         else:
             lam_A, lam_G = (torch.where(one.values[0] > ZERO, one.values[0], 0.0) for one in (in_A, in_G))
             spectrum = (lam_G[:, None] * lam_A).unsqueeze(-1)
+            weight = weight_of(program, layer.measured)
+            U_A = aligned(U_A, in_A.values[0], torch.einsum("oct,op,pdt->cd", weight, G, weight))
+            U_G = aligned(U_G, in_G.values[0], torch.einsum("oct,cd,pdt->op", weight, A, weight))
         turned = rotated(weight_of(program, layer.measured), U_G, U_A)
         importance = (turned.square() * spectrum).sum(-1)
         rows = importance.sum(1).argsort(descending=True, stable=True)
@@ -137,6 +142,27 @@ class Kfe(Axes):
             core, after = Q.T @ weight, Q
             core = (core @ P) @ P.T if fewer[0] else core
         return Factors(core if first is None else core @ first, None, after)
+
+
+def aligned(basis: Tensor, values: Tensor, carried: Tensor) -> Tensor:
+    """Turn the eigenvectors of equal eigenvalues to the principal axes of what the weight carries there.
+
+    Of equal eigenvalues any orthonormal basis is one of eigenvectors, and by chance none of it can go. With A = 1 the
+    columns become the principal components of the rows of W under G.
+
+    Args:
+        basis: eigenvectors as columns, [n, n].
+        values: their eigenvalues, ascending, [n].
+        carried: W^T G W for the basis of A, W A W^T for that of G, [n, n].
+    """
+    found = basis.clone()
+    steps = values.diff() > EQUAL * values.abs().max()
+    starts = [0, *(int(at) + 1 for at in steps.nonzero()), len(values)]
+    for start, stop in pairwise(starts):
+        if stop - start > 1:
+            inside = basis[:, start:stop]
+            found[:, start:stop] = inside @ torch.linalg.eigh(inside.T @ carried @ inside).eigenvectors
+    return found
 
 
 def rotated(weight: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def test_equal_units_share_and_nothing_is_nothing() -> None:
 
 
 def brute(filters: Tensor) -> list[float]:
-    return [sum(float((one - other).detach().norm()) for other in filters) for one in filters]
+    return [sum(float((one - other).detach().norm()) for other in filters) / (len(filters) - 1) for one in filters]
 
 
 def test_distances_to_the_other_filters_behind_the_norm() -> None:

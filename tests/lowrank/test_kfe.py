@@ -139,22 +139,34 @@ def test_the_predicted_loss_is_the_quadratic_form_of_what_really_changed(name: s
     assert found.loss(layer.columns, layer.rows) == 0.0
 
 
-def test_with_the_identity_for_A_the_columns_are_principal_components_of_the_rows() -> None:
-    """T3.5: of A = 1 any basis is an eigenbasis; rows and columns carry what W W^T and W^T G W have there."""
-    made = case("linear")
-    held = measure(made.program, made.data, [made.layer], source="exact", batch_size=4)
-    block = held.blocks["layer.weight"]
-    block.sums["A"] = torch.eye(block.shape[2]).double().unsqueeze(0) * block.counts["rows"]
-    found = Kfe.of(made.program, held, made.layer)
-    weight = made.module.layer.weight.detach()  # type: ignore[operator]
-    assert block.G is not None
-    G = block.G[0]
-    values, vectors = torch.linalg.eigh(G)
-    rows = values * (vectors.T @ weight).square().sum(1)  # type: ignore[operator]
-    torch.testing.assert_close(found.row_scores, rows.sort(descending=True).values, **TIGHT)
-    # whatever basis A's eigenvectors are, the columns carry the diagonal of W^T G W there
-    carried = (found.U_A.T @ weight.T @ G @ weight @ found.U_A).diagonal()  # type: ignore[operator]
-    torch.testing.assert_close(found.column_scores, carried, **TIGHT)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_the_identity_for_a_factor_the_axes_are_principal_components(name: str) -> None:
+    """T3.5: with A = 1 the columns are the principal components of the rows of W under G; with G = 1 likewise."""
+    made, weight = case(name), dense_weight(case(name)).detach()
+    A, G = factors(name)
+    for side in "AG":
+        held = measure(made.program, made.data, [made.layer], source="exact", batch_size=4)
+        block = held.blocks["layer.weight"]
+        factor = getattr(block, side)
+        assert factor is not None
+        counted = block.sums[side] / factor  # what the sum is divided by
+        scale = float(counted[counted.isfinite()].median())
+        block.sums[side] = torch.eye(factor.shape[-1]).double().unsqueeze(0) * scale
+        found = Kfe.of(made.program, held, made.layer)
+        equation = "oct,op,pdt->cd" if side == "A" else "oct,cd,pdt->op"
+        carried = torch.einsum(equation, weight, G if side == "A" else A, weight)
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(carried))
+        scores, axes = (found.column_scores, found.U_A) if side == "A" else (found.row_scores, found.U_G)
+        torch.testing.assert_close(scores, values.clamp_min(0), rtol=1e-8, atol=1e-12)
+        apart = values[:-1] - values[1:] > 1e-6 * values[0]
+        overlap = (axes.T @ vectors).abs().diagonal()
+        alone = torch.cat([apart, apart.new_ones(1)]) & torch.cat([apart.new_ones(1), apart])
+        assert alone.any()
+        torch.testing.assert_close(overlap[alone], torch.ones_like(overlap[alone]), rtol=0, atol=1e-8)
+        # no basis loses less with as many columns (Ky Fan)
+        assert found.importance_lost(*((1, made.layer.rows) if side == "A" else (made.layer.columns, 1))) == (
+            pytest.approx(float(values[1:].sum()) / 2, rel=1e-8, abs=1e-12)
+        )
 
 
 def test_eigenvalues_that_are_nothing_are_zero() -> None:
