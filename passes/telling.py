@@ -208,7 +208,7 @@ def tell_unseen(certificate: Certificate, program: Program, data: PruneData, los
 
 def _is_named(loss: Any) -> bool:
     found = resolve_loss(loss, None)
-    return found is not None and found.name in ("cross-entropy", "mse")
+    return found is not None and bool(found.kind)
 
 
 def unasked(

@@ -18,7 +18,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, separable, settle
+from kfe_fx.training.losses import Loss, cut, settle, settled
 
 DATA_FREE_EXAMPLES = 256
 Rows = TypeVar("Rows")
@@ -104,7 +104,6 @@ class _Pass:
     def __init__(self, source: Source) -> None:
         self.source, self.facts, self.loss = source, source.facts, source.loss
         self.module = gated(source.program, source.analysis)
-        self.checked = False  # whether the loss is one of each example alone
         self.likelihood = Likelihood(source.loss, source.seed)
 
     def each(self, work: Callable[[Batch], Rows]) -> Iterator[Rows]:
@@ -138,6 +137,8 @@ class _Pass:
         )
         examples = 0
         for whole in batches:
+            if not examples and self.loss is not None:
+                self.loss = settled(source.program, whole, self.loss)
             pieces = [whole.rows(i, i + 1) for i in range(whole.count)] if split else [whole]
             for batch in pieces:
                 empirical = batch.targets is not None
@@ -153,9 +154,11 @@ class _Pass:
     def gradients(self, batch: Batch) -> Tensor:
         with torch.enable_grad():
             gates, outputs = self._forward(batch)
-            total = self._total(outputs, batch)
-        rows = self._back(total, None, gates, last=True)
-        return _finite(rows, total)
+            rows, parts = [], self._apart(outputs, batch)
+            for number, (part, piece) in enumerate(parts, 1):
+                total = self._total(part, piece)
+                rows.append(_finite(self._back(total, None, gates, last=number == len(parts)), total))
+        return torch.cat(rows)
 
     def curvatures(self, batch: Batch) -> tuple[Tensor, Tensor]:
         first, second = [], []
@@ -191,9 +194,6 @@ class _Pass:
         if batch.targets is None or self.loss is None:
             return self.likelihood.total(outputs, batch)
         self.loss = settle(self.loss, outputs, batch.targets, batch.count)
-        if self.module.per_example and batch.count > 1 and not self.checked:
-            separable(self.loss, outputs, batch.targets, batch.count)
-            self.checked = True
         return self.loss.total(outputs, batch.targets, batch.count)
 
     def _back(self, values: Tensor, column: Tensor | None, gates: list[Tensor], *, last: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from kfe_fx.program import Program, put_tensor
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, settle
+from kfe_fx.training.losses import Loss, cut, settled
 
 
 class LossModel(Criterion):
@@ -190,9 +190,9 @@ def mean_gradients(program: Program, batches: Batches, loss: Loss | None, names:
     for batch in batches:
         if loss is None or batch.targets is None:
             raise BadData("the gradient of the loss needs a loss and targets; give --data with targets")
+        loss = loss if count else settled(program, batch, loss)
         with torch.enable_grad():
             outputs = _run(view, batch)
-            loss = settle(loss, outputs, batch.targets, batch.count)
             total = loss.total(outputs, batch.targets, batch.count)
         _add(sums, leaves, total, None)
         count += batch.count
@@ -249,10 +249,9 @@ def _by_autograd(context: ScoreContext, batches: Batches, names: list[str], sour
     sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
     count = 0
     for batch in batches:
+        loss = loss if loss is None or count else settled(context.program, batch, loss)
         with torch.enable_grad():
             for outputs, one in _singly(view, batch):
-                if loss is not None and one.targets is not None:
-                    loss = settle(loss, outputs, one.targets, 1)
                 kind = curvature_kind(outputs, one, likelihood) if source == "auto" else source
                 for values, column in curvature_columns(kind, outputs, one, loss, likelihood):
                     _add(sums, leaves, values, column, square=True)
@@ -285,14 +284,14 @@ def mean_over_examples(
 
     sums, count = zeros(), 0
     for batch in batches:
+        loss = loss if loss is None or count else settled(context.program, batch, loss)
         with torch.enable_grad():
             for outputs, one in _singly(view, batch):
                 first, squares = zeros(), zeros()
                 if one.targets is None:
                     total = likelihood.total(outputs, one)
                 else:
-                    loss = settle(_required(loss), outputs, one.targets, 1)
-                    total = loss.total(outputs, one.targets, 1)
+                    total = _required(loss).total(outputs, one.targets, 1)
                 _add(first, leaves, total, None, keep=True)
                 if second:
                     kind = curvature_kind(outputs, one, likelihood)

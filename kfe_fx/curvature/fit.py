@@ -19,7 +19,7 @@ from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, pu
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, counted, cut, resolve_loss, separable, settle
+from kfe_fx.training.losses import Loss, counted, cut, resolve_loss, settled
 from kfe_fx.weights import check_weights
 
 SOURCES = ("empirical", "sampled", "exact")
@@ -189,6 +189,8 @@ class Fitter:
         group = Group.current()
         with collector.watching():
             for index, batch in enumerate(self.batches):
+                if not index and self.loss is not None:
+                    self.loss = settled(self.view, batch, self.loss)
                 if index % group.size != group.rank:
                     continue
                 likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
@@ -237,8 +239,6 @@ class Fitter:
         if batch.targets is None or self.loss is None:
             raise BadData("the source 'empirical' needs targets and a loss of them; use sampled or exact")
         if "loss" not in self.facts:
-            self.loss = settle(self.loss, outputs, batch.targets, batch.count)
-            separable(self.loss, outputs, batch.targets, batch.count)
             self.facts |= {"loss": self.loss.name, "reduction": self.loss.reduction}
         yield self.loss.total(outputs, batch.targets, batch.count)
 

@@ -33,7 +33,7 @@ def fit_examples(program: Program, data: ArrayData | None, loss: Loss | None = N
     if data is None:
         return None
     fitted = check_finite(fit_inputs(program, data))
-    if fitted.targets is not None and (loss is None or loss.name in ("cross-entropy", "mse")):
+    if fitted.targets is not None and (loss is None or loss.kind):
         _check_targets(program, fitted, fitted.targets, loss)
     return fitted
 
@@ -45,7 +45,7 @@ def _check_targets(program: Program, data: ArrayData, targets: Tensor, loss: Los
         raise BadData(f"{data.name}: {len(data)} examples, the network reads {count} at a time; give at least as many")
     with torch.no_grad():
         outputs: tuple[Any, ...] = program.module().run_flat(batch.inputs)
-    values = targets.is_floating_point() if loss is None else loss.name == "mse"
+    values = targets.is_floating_point() if loss is None else loss.kind == "mse"
     try:
         if values:
             mean_square(outputs, batch.targets)

@@ -36,7 +36,7 @@ class Likelihood:
         self.loss = loss
         self.main = main or loss is not None
         self.generator = torch.Generator().manual_seed(seed)
-        self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.name, "") if loss is not None else ""
+        self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.kind, "") if loss is not None else ""
         self.classes_last: bool | None = None  # as the targets of a batch said; batches without any go by it
 
     def total(self, outputs: object, batch: Batch) -> Tensor:

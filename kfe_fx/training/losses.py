@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kfe_fx.data.checks import IGNORED
 from kfe_fx.errors import BadData, UsageError
+from kfe_fx.program import Program
+from kfe_fx.structure import pack
+from kfe_fx.training.batches import Batch
 from kfe_fx.user_code import load_function
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -33,6 +36,11 @@ class Loss:
     function: LossFunction
     reduction: str
     positions: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which of ours it is, "cross-entropy" or "mse"; "" for a function of the user's, whatever it is called."""
+        return next((kind for kind, function in _KINDS.items() if function is self.function), "")
 
     def total(self, outputs: Any, targets: Any, count: int) -> Tensor:
         """Return the sum of the losses of ``count`` examples; a mean is multiplied back."""
@@ -59,7 +67,7 @@ def counted(loss: Loss | None, targets: Iterable[Any]) -> Loss | None:
         loss: any loss, or None; only a cross-entropy by name changes.
         targets: of all the examples that it will be a mean over, in any number of parts.
     """
-    if loss is None or loss != _NAMED["cross-entropy"]:
+    if loss is None or loss.kind != "cross-entropy":
         return loss
     examples = valid = total = 0
     for part in targets:
@@ -67,6 +75,14 @@ def counted(loss: Loss | None, targets: Iterable[Any]) -> Loss | None:
             return loss
         examples, total, valid = examples + len(part), total + part.numel(), valid + int((part != IGNORED).sum())
     return loss if valid in (0, total) else replace(loss, positions=valid / examples)
+
+
+def ignored_label(loss: Loss) -> int | None:
+    """Return the label that a mean leaves out: -100 where the data has such, or what a module of torch is told."""
+    if loss.positions is not None:
+        return IGNORED
+    told = getattr(loss.function, "ignore_index", None)
+    return told if isinstance(told, int) and getattr(loss.function, "reduction", "") == "mean" else None
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
@@ -136,7 +152,8 @@ def class_scores(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-_NAMED = {"cross-entropy": Loss("cross-entropy", cross_entropy, "mean"), "mse": Loss("mse", mean_square, "mean")}
+_KINDS: dict[str, LossFunction] = {"cross-entropy": cross_entropy, "mse": mean_square}
+_NAMED = {kind: Loss(kind, function, "mean") for kind, function in _KINDS.items()}
 
 
 def resolve_loss(spec: Any, targets: Tensor | None) -> Loss | None:
@@ -212,7 +229,7 @@ def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
     Raises:
         UsageError: the parts do not add up to the whole, so no gradient belongs to one example alone.
     """
-    if count < 2 or loss.name in _NAMED:
+    if count < 2 or loss.kind:
         return
     half = count // 2
     with torch.no_grad():
@@ -226,6 +243,23 @@ def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
             f"the loss {loss.name!r} mixes the examples of a batch, so no gradient belongs to one alone; return a "
             "vector [N], or a mean or sum of such"
         )
+
+
+def settled(program: Program, batch: Batch, loss: Loss) -> Loss:
+    """Settle a loss on a whole batch and check that it is one of each example, before examples are taken one by one.
+
+    Raises:
+        UsageError: it mixes the examples of a batch; see ``settle`` and ``separable``.
+        BadData: it is not finite.
+    """
+    if loss.kind or batch.targets is None:
+        return loss
+    module = program.module()
+    with torch.no_grad():
+        outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
+    loss = settle(loss, outputs, batch.targets, batch.count)
+    separable(loss, outputs, batch.targets, batch.count)
+    return loss
 
 
 def cut(value: Any, count: int, start: int, stop: int) -> Any:

@@ -238,6 +238,18 @@ def test_token_scores_have_their_classes_last():
     )
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "taylor-so", "qm"])
+@pytest.mark.parametrize("name", ["outer", "windows"])
+def test_a_network_of_fixed_batches_has_the_scores_of_a_free_one(name: str, criterion: str):
+    free, x = program_of(name)
+    pinned = capture(free.module(), x, {})
+    found = [
+        score(criterion, ScoreContext.of(program, analyze(program), (x, TARGETS), batch_size=3))
+        for program in (free, pinned)
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-15)
+
+
 class Tagger(nn.Module):
     """Scores of four classes at each of seven positions of floats, with the classes last or in dim 1."""
 

@@ -374,6 +374,15 @@ def test_options_that_mean_nothing(options: dict[str, Any], told: str):
         sparsify(program(), **{"sparsity": 0.5, **options})
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "taylor-so", "lm", "qm"])
+def test_a_loss_that_mixes_examples_scores_nothing(criterion: str):
+    def mixed(outputs: Any, targets: Tensor) -> Tensor:
+        return (outputs - outputs.mean(0)).square().mean() + 0 * targets.sum()
+
+    with pytest.raises(UsageError, match="mixes the examples"):
+        sparsify(program(), sparsity=0.5, criterion=criterion, data=(X, Y), loss=mixed, epochs=0)
+
+
 @pytest.mark.parametrize("seed", [2**70, "one"])
 def test_a_seed_that_nothing_can_be_drawn_from(seed: Any):
     with pytest.raises(UsageError, match="seed is a whole number"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kfe_fx.errors import BadData, UsageError
-from kfe_fx.training.losses import counted, cross_entropy, main_output, mean_square, resolve_loss, settle
+from kfe_fx.training.losses import counted, cross_entropy, main_output, mean_square, resolve_loss, separable, settle
 
 LOGITS, CLASSES = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
 
@@ -77,6 +78,18 @@ def test_losses_that_mean_nothing(function, told: str):
     assert loss is not None
     with pytest.raises(UsageError, match=told):
         settle(loss, LOGITS, CLASSES, 4)
+
+
+def test_a_function_is_known_by_what_it_is_and_not_by_its_name():
+    def mse(outputs: Any, targets: Tensor) -> Tensor:
+        return (outputs - outputs.mean(0)).square().mean() + targets.sum() * 0
+
+    own = resolve_loss(mse, CLASSES)
+    assert own is not None
+    assert (own.name, own.kind) == ("mse", "")
+    assert [resolve_loss(name, None).kind for name in ("mse", "cross-entropy")] == ["mse", "cross-entropy"]  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="mixes the examples"):
+        separable(settle(own, LOGITS, CLASSES, 4), LOGITS, CLASSES, 4)
 
 
 def test_a_function_from_a_file(tmp_path: Path):
