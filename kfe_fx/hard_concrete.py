@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,8 +91,27 @@ def one_probability(log_alpha: Tensor) -> Tensor:
 
 
 def hard_concrete(log_alpha: Tensor, training: bool = False) -> Tensor:
-    """Return gates like ``log_alpha``: drawn by torch's generator in training, else those of evaluation."""
-    return gate_sample(log_alpha, torch.rand_like(log_alpha)) if training else gate_at_test(log_alpha)
+    """Return gates like ``log_alpha``: drawn in training (see ``drawn_with``), else those of evaluation."""
+    if not training:
+        return gate_at_test(log_alpha)
+    if _generator is None:
+        return gate_sample(log_alpha, torch.rand_like(log_alpha))
+    u = torch.rand(log_alpha.shape, dtype=log_alpha.dtype, generator=_generator)
+    return gate_sample(log_alpha, u.to(log_alpha.device))
+
+
+_generator: torch.Generator | None = None
+
+
+@contextmanager
+def drawn_with(seed: int) -> Iterator[None]:
+    """Draw gates by a generator of their own: there is one draw a mini-batch, whichever process has which examples."""
+    global _generator
+    before, _generator = _generator, torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        _generator = before
 
 
 _LIBRARY.impl("hard_concrete", hard_concrete, "CompositeImplicitAutograd")

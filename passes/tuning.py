@@ -98,13 +98,20 @@ class Tuner:
             penalties=penalties,
         )
 
+    def _common(self, state: State) -> list[str]:
+        """Name the activations that the dense network has too: those inside of a decomposed layer are new."""
+        layers = tuple(f"{name}." for name in state.plan.decomposed)
+        inside = {n.name for n in state.small.graphs["eval"].nodes if f"{n.meta.get('module')}.".startswith(layers)}
+        heard = points(self.dense)
+        return [name for name in points(state.small) if name in heard and name not in inside]
+
     def _teacher(self, state: State) -> Distillation | None:
         settings = self.settings
         if not settings.distil:
             return None
         features: Any = None
         if settings.features:
-            names = matching(list(points(state.small)), settings.features)
+            names = matching(self._common(state), settings.features)
             features = kept_features(state.shallow.program, state.plan, names)
         return Distillation(self.dense, settings.distil, settings.temperature, features=features)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ class Watched:
         key = mode, id(observer)
         if key not in self._views:
             graph = module.graphs[mode] if observer is None else module._observed.get(mode, module.graphs[mode])
-            twin = self.program.sharing().module()
-            twin.graphs[mode] = self._extended(graph)
+            twin = copy.copy(module)  # of its class, which may hand the graph more than its inputs
+            twin.graphs, twin._compiled = {**module.graphs, mode: self._extended(graph)}, {}
+            twin._observer, twin._observed = None, {}
             if observer is not None:
                 twin.observe(observer, {mode: twin.graphs[mode]})
             self._views[key] = twin

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def restore(path: Path, document: dict[str, Any], identity: Identity, trainer: T
             held["kept"],
         )
         if document["reduction"]:
-            trainer.loss = type(trainer.loss)(trainer.loss.name, trainer.loss.function, document["reduction"])
+            trainer.loss = replace(trainer.loss, reduction=document["reduction"])
         _set_random_state(document["random"][trainer.group.rank])
     except _DAMAGE as error:
         raise BadFile(f"{path}: the checkpoint is damaged ({type(error).__name__})") from error

@@ -2,6 +2,7 @@
 
     loss = (1 - w) * task loss + w * ( teacher term + sum over features f of  c_f * mean (s_f - t_f)² / mean t_f² )
 
+Outputs beside the main one count by their mean square error over their variance in the first batch, each.
 The teacher term of classes is T² KL( softmax(t / T) || softmax(s / T) ) (Hinton, Vinyals, Dean 2015), of values the
 mean square of s - t. w = 0.9 and T = 1 by default: what pruned networks were fine-tuned with in the paper on Fisher
 pruning (Theis, Korshunova, Tejani, Huszar 2018: 0.9 of the loss to the teacher's map as it is).
@@ -28,13 +29,14 @@ from kfe_fx.training.activations import Compared, Watched
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.features import Features
 from kfe_fx.training.lessons import Lesson, Lessons
-from kfe_fx.training.losses import Loss, main_output, mean_square, resolve_loss, settle
+from kfe_fx.training.losses import Loss, floating_outputs, main_output, mean_square, resolve_loss, settle
 from kfe_fx.training.optimizer_state import CURVATURE
 from kfe_fx.training.soft_targets import softened, with_classes
 
 WEIGHT, TEMPERATURE = 0.9, 1.0
 CLASSES, VALUES = "cross-entropy", "mse"
 _MEMORY = 256 << 20
+_LEAST = 1e-12  # what an output that is constant varies by
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,8 @@ def teach(
 class Teaching:
     """A Distillation at work on one network and one data set.
 
-    ``weight`` is w, ``batches`` the data with what the teacher reads, ``loss`` names what is minimised where w is 1.
+    ``weight`` is w, ``batches`` the data with what the teacher reads, ``loss`` names what is minimised where w is 1,
+    ``ignored`` is the label of positions of which nothing is learned.
     """
 
     def __init__(
@@ -121,8 +124,8 @@ class Teaching:
             )
         self.weight = _share(spec.weight, loss, targets)
         self.temperature = _positive(spec.temperature)
-        self._ignored = getattr(loss.function if loss is not None else None, "ignore_index", IGNORED)
-        named = loss is not None and loss.name in (CLASSES, VALUES)
+        self.ignored = getattr(loss.function if loss is not None else None, "ignore_index", IGNORED)
+        named = loss is not None and bool(loss.kind)
         self._guessed = spec.match is None and not named  # a loss of the user's: integer targets may be no classes
         if spec.match is not None:
             found = resolve_loss(spec.match, None)
@@ -130,11 +133,12 @@ class Teaching:
             found = loss if named else resolve_loss(None, targets)
         self._compare_by(found or Loss(VALUES, mean_square, "mean"))
         self._features = Compared(spec.features)
+        self._spread: dict[int, float] = {}  # variances of the outputs beside the main one, by their place
         self._student, self._asked = Watched(program, ()), Watched(self.teacher, ())
         self.batches = Lessons(program, self.teacher, batches, batches.batch_size)
 
     def _compare_by(self, match: Loss) -> None:
-        if match.name != CLASSES and self.spec.temperature is not None:
+        if match.kind != CLASSES and self.spec.temperature is not None:
             raise UsageError(
                 f"temperature softens classes, and the outputs are compared by {match.name}; leave it out, or name the "
                 "loss cross-entropy"
@@ -145,11 +149,11 @@ class Teaching:
     @property
     def likelihood(self) -> str:
         """What outputs stand for: classes or values."""
-        return CLASSES if self.match.name == CLASSES else VALUES
+        return CLASSES if self.match.kind == CLASSES else VALUES
 
     @property
     def _named(self) -> bool:
-        return self.match.name in (CLASSES, VALUES)
+        return bool(self.match.kind)
 
     # before the first step -------------------------------------------------------------------------------------------
 
@@ -209,14 +213,19 @@ class Teaching:
         if not self._named:
             return
         mine = main_output(outputs)
+        self._spread = {
+            at: float(theirs[theirs.isfinite()].var(correction=0).clamp_min(_LEAST))
+            for at, (own, theirs) in enumerate(zip(_others(outputs), said[1:], strict=False))
+            if own.shape == theirs.shape and bool(theirs.isfinite().any())
+        }
         if mine.shape != said[0].shape:
             raise UsageError(
                 f"the teacher's output is {list(said[0].shape)}, this network's {list(mine.shape)}; give a teacher of "
                 "the same outputs, or Distillation(teacher, match=FUNCTION)"
             )
-        if self.match.name == CLASSES:
+        if self.match.kind == CLASSES:
             try:
-                with_classes(mine, said[0], first.targets, self._ignored, first.inputs)
+                with_classes(mine, said[0], first.targets, self.ignored, first.inputs)
             except BadData:
                 if not self._guessed:
                     raise
@@ -234,26 +243,38 @@ class Teaching:
         """Run the network; return its flat outputs and its activations."""
         return self._student.run(inputs, mode)
 
-    def term(self, outputs: Any, activations: tuple[Any, ...], batch: Batch) -> Tensor:
-        """Return the teacher's part of the loss, before it is weighed by w: the mean over a batch."""
+    def term(self, outputs: Any, activations: tuple[Any, ...], batch: Batch, stress: float = 1.0) -> Tensor:
+        """Return the teacher's part of the loss, before it is weighed by w: the mean over a batch.
+
+        ``stress`` multiplies what is a mean over the labels that count, see ``kfe_fx.training.parallel.stress_of``.
+        """
         assert isinstance(batch, Lesson)
         assert batch.asked is not None
         told = self.ask(batch.asked) if batch.told is None else batch.told
         count = len(told) - len(activations)
         parts = self._features.term(activations, told[count:])
-        return torch.stack([self._output_term(outputs, told[:count], batch), *parts]).sum()
+        return torch.stack([self._output_term(outputs, told[:count], batch, stress), *parts]).sum()
 
-    def _output_term(self, outputs: Any, told: tuple[Any, ...], batch: Batch) -> Tensor:
+    def _output_term(self, outputs: Any, told: tuple[Any, ...], batch: Batch, stress: float) -> Tensor:
         if not self._named:
             theirs = pack(self.teacher.signature.outputs["eval"], told)
             self.match = settle(self.match, outputs, theirs, batch.count)
             return self.match.mean(outputs, theirs, batch.count)
         scores = main_output(outputs)
         wanted = told[0].to(scores)
-        if self.match.name == VALUES:
-            return F.mse_loss(scores, wanted)
-        moved, goal, counted = with_classes(scores, wanted, batch.targets, self._ignored, batch.inputs)
-        return softened(moved, goal, self.temperature, counted)
+        others = self._others_term(outputs, told[1:])
+        if self.match.kind == VALUES:
+            return F.mse_loss(scores, wanted) + others
+        moved, goal, counted = with_classes(scores, wanted, batch.targets, self.ignored, batch.inputs)
+        return softened(moved, goal, self.temperature, counted) * (1.0 if counted is None else stress) + others
+
+    def _others_term(self, outputs: Any, told: tuple[Any, ...]) -> Tensor | float:
+        """Return the mean square errors of the outputs beside the main one, each over its variance of the start."""
+        if not self._spread:
+            return 0.0
+        mine = _others(outputs)
+        parts = [_squares(mine[at], told[at].to(mine[at])) / spread for at, spread in self._spread.items()]
+        return torch.stack(parts).sum()
 
     def ask(self, asked: Batch) -> tuple[Any, ...]:
         """Return what is compared: outputs of the teacher, then what stays of its activations."""
@@ -268,7 +289,8 @@ class Teaching:
             return said, activations
         if not any(isinstance(value, Tensor) and value.is_floating_point() for value in said):
             raise UsageError("the teacher has no floating-point output to learn from; give another one")
-        return (main_output(pack(self.teacher.signature.outputs["eval"], said)),), activations
+        outputs = pack(self.teacher.signature.outputs["eval"], said)
+        return (main_output(outputs), *_others(outputs)), activations
 
     def _narrowed(self, place: int, value: Any) -> Any:
         """Cut a state that the teacher returns to the units that this network's still has."""
@@ -299,7 +321,7 @@ class Teaching:
         """Return for the report: w, T where there are classes, what is compared, and whether answers were kept."""
         return {
             "weight": self.weight,
-            "temperature": self.temperature if self.match.name == CLASSES else None,
+            "temperature": self.temperature if self.match.kind == CLASSES else None,
             "match": self.match.name,
             "features": [one.name for one in self._features.chosen],
             "remembered": self.batches.remembered,
@@ -324,6 +346,17 @@ def _share(weight: float | None, loss: Loss | None, targets: Tensor | None) -> f
     if weight < 1 and (loss is None or targets is None):
         raise BadData(f"distil {weight:g} leaves the rest of the loss to targets, and the data has none; leave it out")
     return float(weight)
+
+
+def _others(outputs: Any) -> list[Tensor]:
+    main = main_output(outputs)
+    return [value for value in floating_outputs(outputs) if value is not main]
+
+
+def _squares(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return the mean square difference, zero where either is minus infinity: that rules something out."""
+    told = mine.isfinite() & theirs.isfinite()
+    return (mine.masked_fill(~told, 0.0) - theirs.masked_fill(~told, 0.0)).square().mean()
 
 
 def _positive(temperature: float | None) -> float:

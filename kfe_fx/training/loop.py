@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.errors import BadData, UsageError
+from kfe_fx.hard_concrete import drawn_with
 from kfe_fx.program import Program
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches
-from kfe_fx.training.losses import Loss, main_output, settle
+from kfe_fx.training.losses import Loss, ignored_label, main_output, settle
 from kfe_fx.training.metrics import Metric, evaluate
-from kfe_fx.training.parallel import average_gradients, share_tensors, weighted_share
+from kfe_fx.training.parallel import average_gradients, share_tensors, stress_of, weighted_share
 from kfe_fx.training.shared_norms import has_live_norms, shared_norms
 
 EXAMPLES = 60_000  # seen by default, all epochs together
@@ -121,12 +122,17 @@ class Teacher(Protocol):
         """What it is a negative log-likelihood of, for curvature from drawn labels: "cross-entropy" or "mse"."""
         ...
 
+    @property
+    def ignored(self) -> int:
+        """The label of positions of which nothing is learned."""
+        ...
+
     def run(self, inputs: list[Any], mode: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Run the network that learns; return its flat outputs and activations."""
         ...
 
-    def term(self, outputs: Any, activations: tuple[Any, ...], batch: Batch) -> Tensor:
-        """Return what is minimised of it, the mean over the examples of a batch."""
+    def term(self, outputs: Any, activations: tuple[Any, ...], batch: Batch, stress: float = 1.0) -> Tensor:
+        """Return what is minimised of it, the mean over the examples of a batch; ``stress`` as ``stress_of`` says."""
         ...
 
 
@@ -166,6 +172,9 @@ class Trainer:
         self.penalties = () if penalty is None else tuple(penalty) if isinstance(penalty, Sequence) else (penalty,)
         self.record = Record()
         self.stage = "fine-tuning"
+        self.seed = 0
+        self.ignored = ignored_label(loss), None if teacher is None else teacher.ignored
+        self.stress: tuple[float, ...] = (1.0, 1.0)  # of the loss and of the teacher's part, see ``stress_of``
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.coupled = has_live_norms(program)
         self.parameters = [parameter for parameter in program.module().parameters() if parameter.requires_grad]
@@ -182,7 +191,9 @@ class Trainer:
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         share, weight = weighted_share(batch, self.group, coupled=self.coupled)
-        with shared_norms(share, batch, self.group, coupled=self.coupled):
+        self.stress = tuple(1.0 if label is None else stress_of(share, batch, label) for label in self.ignored)
+        draws = drawn_with(self.seed * 1_000_003 + self.done)
+        with draws, shared_norms(share, batch, self.group, coupled=self.coupled):
             value = self._loss(share) if share.count else None
         number = float(value.detach()) if value is not None else 0.0
         if self.group.size > 1:
@@ -204,26 +215,26 @@ class Trainer:
         mode, teacher = module.mode(), self.teacher
         if teacher is None:
             outputs = pack(module.signature.outputs[mode], module.run_flat(batch.inputs, mode))
-            self._scale(self.loss.name, outputs, batch.count)
+            self._scale(self.loss, outputs, batch.count)
             return self._mean(outputs, batch)
         flat, activations = teacher.run(batch.inputs, mode)
         outputs = pack(module.signature.outputs[mode], flat)
-        taught = teacher.term(outputs, activations, batch)
+        taught = teacher.term(outputs, activations, batch, self.stress[1])
         if getattr(self.optimizer, "source", "") == "sampled":
             self.optimizer.sample(outputs, teacher.likelihood, batch.targets)  # type: ignore[attr-defined]  # of Preconditioned
         else:
-            self._scale(teacher.loss.name if teacher.weight == 1 else self.loss.name, outputs, batch.count)
+            self._scale(teacher.loss if teacher.weight == 1 else self.loss, outputs, batch.count)
         if teacher.weight == 1:
             return taught
         return (1 - teacher.weight) * self._mean(outputs, batch) + teacher.weight * taught
 
     def _mean(self, outputs: Any, batch: Batch) -> Tensor:
         self.loss = settle(self.loss, outputs, batch.targets, batch.count)
-        return self.loss.mean(outputs, batch.targets, batch.count)
+        return self.loss.mean(outputs, batch.targets, batch.count) * self.stress[0]
 
-    def _scale(self, name: str, outputs: Any, count: int) -> None:
+    def _scale(self, loss: Loss, outputs: Any, count: int) -> None:
         first = self.optimizer.param_groups[0]
-        if name in ("mse", "distillation (mse)") and first.get("loss_scale") == 1.0:
+        if loss.kind == "mse" and first.get("loss_scale") == 1.0:
             # the mean square error of O outputs is 2/O times the negative log-likelihood that lr and kl_clip are for
             first["loss_scale"] = max(1.0, main_output(outputs).numel() / count / 2)
 
@@ -264,6 +275,7 @@ def run_epochs(
         UsageError: a loss stopped being finite.
     """
     program, record = trainer.program, trainer.record
+    trainer.seed = seed
     while trainer.done < trainer.total:
         before = trainer.done
         program.train()

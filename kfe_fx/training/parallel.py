@@ -53,6 +53,19 @@ def weighted_share(batch: Batch, group: Group, *, coupled: bool) -> tuple[Batch,
     return share, share.count / batch.count
 
 
+def stress_of(share: Batch, batch: Batch, ignored: int) -> float:
+    """Return what a mean over the labels that count counts more in a rank's part than the mean over examples does.
+
+        (labels of the part that count / its examples) / (labels of the batch that count / its examples)
+
+    One where no label is ``ignored``.
+    """
+    if not isinstance(batch.targets, Tensor) or batch.targets.is_floating_point() or not share.count:
+        return 1.0
+    valid, whole = (int((part.targets != ignored).sum()) for part in (share, batch))
+    return valid / share.count / (whole / batch.count) if whole else 1.0
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], weight: float, group: Group) -> None:
     """Replace each gradient by its mean over the ranks, in place.
 

@@ -25,6 +25,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "theis": {"budget": 0.4, "metric": "macs", "schedule": "theis", "epochs": 4, "rounds": 2, "repair": "none"},
     "netadapt": {"budget": 0.6, "metric": "macs", "schedule": "netadapt", "epochs": 1, "rounds": 3},
     "batch norm": {"budget": 0.35, "metric": "macs", "epochs": 4, "rounds": 3},
+    "labels that count": {"budget": 0.3, "metric": "macs", "epochs": 6, "rounds": 6, "lr": 1e-2},
+    "taught": {
+        "budget": 0.5,
+        "metric": "macs",
+        "epochs": 2,
+        "rounds": 2,
+        "distil": 0.5,
+        "features": ["up"],
+        "ewc": 1.0,
+    },
     "latency": {"budget": 0.7, "epochs": 0, "multiple_of": 1},
 }
 
@@ -55,6 +65,25 @@ class Normed(nn.Module):
         return self.head(F.relu(self.flat(self.up(y))))
 
 
+class Tagger(nn.Module):
+    """A class at each of seven positions, of which most do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.head = nn.Linear(5, 24), nn.Linear(24, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.mid(F.relu(self.up(x)))))
+
+
+def tagged(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 7, 5, generator=g).double()
+    labels = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
+    length = torch.randint(1, 8, (count, 1), generator=g)
+    return x, labels.masked_fill(torch.arange(7) >= length, -100)
+
+
 def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(count, 2, 6, generator=torch.Generator().manual_seed(seed)).double()
     return x, (x[:, 0].sum(1) > 0).long() + (x[:, 1, 0] > 0).long()
@@ -63,8 +92,10 @@ def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def one(name: str) -> Any:
     options = dict(RUNS[name])
     torch.manual_seed(0)
-    net = Normed().double() if name == "batch norm" else Net() if name == "latency" else Net().double()
-    data, val = examples(150, 1), examples(60, 2)
+    kind = {"batch norm": Normed, "labels that count": Tagger}.get(name, Net)
+    net = kind() if name == "latency" else kind().double()
+    made = tagged if kind is Tagger else examples
+    data, val = made(150, 1), made(60, 2)
     if name == "latency":
         data, val = (data[0].float(), data[1]), (val[0].float(), val[1])
     given: Any = data[0] if options.pop("unlabelled", False) else data

@@ -583,8 +583,11 @@ def test_a_teacher_takes_states_as_wide_as_they_were():
     lesson = next(iter(found.batches))
     assert lesson.asked is not None  # type: ignore[attr-defined]
     assert torch.equal(lesson.asked.inputs[1], h[:20])  # type: ignore[attr-defined]
-    out = program(x[:20], h[:20, [3, 4, 5, 6, 7]])[0]
-    close(part(found), F.mse_loss(out, teacher(x[:20], h[:20])[0]), **TIGHT)
+    out, state = program(x[:20], h[:20, [3, 4, 5, 6, 7]])
+    wanted, held = teacher(x[:20], h[:20])
+    held = held[:, 3:]
+    spread = held.var(correction=0)
+    close(part(found), F.mse_loss(out, wanted) + F.mse_loss(state, held) / spread, **TIGHT)
 
     def states(outputs: Any, wanted: Any) -> Tensor:
         return (outputs[1] - wanted[1]).square().mean(1)  # both are of the units that stay
@@ -594,6 +597,37 @@ def test_a_teacher_takes_states_as_wide_as_they_were():
     close(part(found), F.mse_loss(state, teacher(x[:20], h[:20])[1][:, 3:]), **TIGHT)
     with pytest.raises(UsageError, match=r"input 'h' is float64\[2, 8\], what the data has for it float64\[20, 5\]"):
         teaching(program, ((x, h[:, 3:]), None), teacher=teacher)
+
+
+class Heads(nn.Module):
+    """Two heads beside the main one; the last rules out what is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.side, self.ruled = nn.Linear(8, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = torch.tanh(self.first(x))
+        ruled = self.ruled(h)
+        return self.last(h), self.side(h), ruled.masked_fill(x[:, :2] < 0, -torch.inf)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_outputs_beside_the_main_one_are_learned_from_too(labelled: bool):
+    program, teacher = made(1, Heads), made(0, Heads)
+    x, y = examples()
+    found = teaching(program, (x, y if labelled else None), teacher=teacher)
+    mine, theirs = program(x[:20]), teacher(x[:20])
+    main = softened(mine[0], theirs[0], 1.0) if labelled else F.mse_loss(mine[0], theirs[0])
+    side = F.mse_loss(mine[1], theirs[1]) / theirs[1].var(correction=0)
+    there = theirs[2].isfinite()
+    assert 0 < there.sum() < there.numel()
+    ruled = (mine[2] - theirs[2])[there].square().sum() / there.numel() / theirs[2][there].var(correction=0)
+    close(part(found), main + side + ruled, **TIGHT)
+    for name, grad in gradients(found).items():
+        assert grad.isfinite().all(), name
+        assert grad.abs().sum() > 0, name
 
 
 # runs ----------------------------------------------------------------------------------------------------------------

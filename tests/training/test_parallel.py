@@ -81,6 +81,17 @@ def trained(**options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, dict(made.state_dict())
 
 
+def tagged() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train on positions of which most do not count, some examples having none that does."""
+    g = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(EXAMPLES, 7, 5, generator=g).double(), torch.randint(3, (EXAMPLES, 7), generator=g)
+    labels = labels.masked_fill(torch.arange(7) >= torch.randint(0, 8, (EXAMPLES, 1), generator=g), -100)
+    torch.manual_seed(0)
+    made = capture(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double(), x[:2])
+    facts = kfe_fx.train(made, (x, labels), epochs=3, batch_size=17, seed=2, threads=1, optimizer="sgd")
+    return facts, dict(made.state_dict())
+
+
 class Interrupted(Exception):
     pass
 
@@ -109,6 +120,8 @@ def work(folder: Path) -> dict[str, Any]:
     found["spread odd"] = trained(kind=Spread, optimizer="sgd", batch_size=3, epochs=1)  # shares of 2 and 1
     found["spread one by one"] = trained(kind=Spread, optimizer="sgd", batch_size=1, epochs=1)
     found["normed"] = trained(kind=Normed, optimizer="sgd")
+    found["gates"] = trained(optimizer="adamw", l0=1.0)
+    found["labels that count"] = tagged()
     place = folder / "run.checkpoint"
     interrupted(place)
     found["resumed"] = trained(kind=Normed, optimizer="sgd", checkpoint=place, resume=True)
@@ -138,6 +151,20 @@ def test_two_processes_train_as_one(both: list[dict[str, Any]], name: str):
         assert shared_facts["judged"] == facts["judged"]
         assert shared_facts["processes"] == 2
         assert shared_facts["best_epoch"] == facts["best_epoch"]
+
+
+def test_gates_are_drawn_as_in_one_process(both: list[dict[str, Any]]):
+    facts, state = trained(optimizer="adamw", l0=1.0)
+    for shared_facts, shared in (found["gates"] for found in both):
+        close(shared, state, 1e-9)
+        assert shared_facts["epoch_losses"] == pytest.approx(facts["epoch_losses"], rel=1e-9)
+
+
+def test_shares_weigh_by_their_labels_that_count(both: list[dict[str, Any]]):
+    facts, state = tagged()
+    for shared_facts, shared in (found["labels that count"] for found in both):
+        close(shared, state, 1e-9)
+        assert shared_facts["epoch_losses"] == pytest.approx(facts["epoch_losses"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["sgd", "ekfac"])

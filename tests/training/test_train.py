@@ -221,3 +221,25 @@ def test_a_mean_square_error_is_brought_to_the_scale_of_a_likelihood():
     facts = kfe_fx.train(program, (x, y), optimizer="ekfac", epochs=20, batch_size=64, threads=1)
     assert facts["loss"] == "mse"
     assert facts["last_loss"] < 0.2 * facts["first_loss"]
+
+
+def test_a_resumed_run_knows_which_labels_count(tmp_path: Path):
+    """A batch in which no label counts has no mean of its own: the share of labels that count goes with the run."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 7, 5, generator=g), torch.randint(4, (12, 7), generator=g)
+    y[3] = -100
+    settings: dict[str, Any] = {
+        "val": False, "optimizer": "sgd", "epochs": 3, "batch_size": 1, "seed": 1, "threads": 1,
+    }  # fmt: skip
+
+    def made() -> Program:
+        torch.manual_seed(0)
+        return capture(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), x[:2])
+
+    whole, again, place = made(), made(), tmp_path / "run.checkpoint"
+    kfe_fx.train(whole, (x, y), **settings)
+    with pytest.raises(Interrupted):
+        kfe_fx.train(made(), (x, y), checkpoint=place, progress=interrupt_at(0.6), **settings)
+    assert kfe_fx.train(again, (x, y), checkpoint=place, resume=True, **settings)["resumed"] is not None
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
