@@ -24,6 +24,7 @@ from kfe_fx.frontend.capture import capture
 from kfe_fx.passes.options import check_options
 from kfe_fx.passes.proof import prove
 from kfe_fx.passes.rounds import Rounds
+from kfe_fx.passes.schedules import round_ratios
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.strip_curvature import StripCurvature
 from kfe_fx.plan import Plan
@@ -257,7 +258,7 @@ def _check_store(program: Program, settings: Settings, examples: PruneData) -> N
     if settings.plan is not None:
         raise UsageError("a plan says what goes, and nothing is scored; drop store, or plan")
     criterion = resolve(settings.criterion)
-    if "curvature" in criterion.needs and examples.calibration is None and (settings.rounds or 1) > 1:
+    if "curvature" in criterion.needs and examples.calibration is None and _several(settings):
         raise UsageError(
             f"the statistics given are of the network before any round, and {criterion.name!r} needs those of each: "
             "give --data too, or --rounds 1"
@@ -270,6 +271,10 @@ def _check_store(program: Program, settings: Settings, examples: PruneData) -> N
             f"the criterion {criterion.name!r} does not look at curvature, and no repair does; drop store, or "
             f"choose {known}"
         )
+
+
+def _several(settings: Settings) -> bool:
+    return len(round_ratios(settings, {settings.metric: 0.5}, trains=False)) > 1
 
 
 def _threads(asked: int | None, device: Device | None) -> int:

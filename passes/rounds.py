@@ -15,6 +15,7 @@ from kfe_fx.cost.count import CostModel
 from kfe_fx.cost.device import Device, this_device
 from kfe_fx.cost.solver import Selection
 from kfe_fx.criteria.base import resolve
+from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.curvature.distributed import Group
 from kfe_fx.embedding import units_at
 from kfe_fx.errors import UnsupportedModel, UsageError
@@ -52,6 +53,8 @@ from kfe_fx.passes.tuning import Tuner
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 from kfe_fx.runtime.profile import strays
+from kfe_fx.training.batches import Batches
+from kfe_fx.training.losses import resolve_loss, settled
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
 from kfe_fx.training.shared_norms import has_own_norms
@@ -130,6 +133,7 @@ class Rounds:
         self._go_to(self._start())
         self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scored = Scored()  # what was scored last
+        self.masked: frozenset[int] = frozenset()  # units of the base that training has been without in this round
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
             raise UnsupportedModel(
@@ -248,6 +252,7 @@ class Rounds:
             scores = self._scores() if self.settings.schedule != "theis" or part.first else self.scored.scores
             branches = self._choose_branches(scores) if part.first else ()
             if self.settings.schedule == "theis":
+                self._tell_signals(part, branches)
                 scores = self._train_and_mask(part, scores)
             found = self._chosen(part, scores, branches)
             chosen = Group.current().lead(lambda: found)
@@ -262,6 +267,7 @@ class Rounds:
 
     def _chosen(self, part: Part, scores: np.ndarray, branches: tuple[str, ...]) -> Selection | None:
         if part.last and self.settings.measures and self.ratios["latency"] < 1:
+            self.masked = frozenset()  # what the measurement corrects may come back
             loop = ClosedLoop(
                 lambda ratios, drop: self._select(scores, ratios, drop), self.selector, self.stopwatch,
                 self.certificate, self.state.plan, not self._demands_more(), self.progress,
@@ -292,7 +298,7 @@ class Rounds:
         return self.scored.scores
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
-        return self.selector.select(scores, ratios, gone=self.state.removed, drop=drop)
+        return self.selector.select(scores, ratios, gone=self.state.removed | self.masked, drop=drop)
 
     def _planned(self, plan: Plan) -> Selection:
         """Take what a plan says as a selection.
@@ -312,6 +318,7 @@ class Rounds:
         """Cut, and note what came of it; the optimiser goes on with what is left of its state."""
         settings, before = self.settings, self.state
         cut, error = self._cut(selection, scores)
+        self.masked = frozenset()
         self.tuner.follow(before, cut.state, cut.step)
         unrepaired = cut.facts.pop("unrepaired", None)
         wanted = unasked(settings, selection, scores, before.removed, ratios)
@@ -336,12 +343,14 @@ class Rounds:
 
     def _losses(self, before: State, after: State, unrepaired: float, selection: Selection) -> dict[str, Any]:
         """Return the loss on the calibration examples around a surgery, and the change that the scores promised."""
+        # layers are decomposed with the first round, of which no score promises anything
+        decomposed = bool(before.plan.decomposed) and not self.certificate.rounds
         return {
             "of": self.trial.name,
-            "before": self.trial.loss(before.small),
+            "before": self.trial.loss(self.original if decomposed else before.small),
             "removed": unrepaired,
             "repaired": self.trial.loss(after.small),
-            "predicted_change": self._promised(before, selection),
+            "predicted_change": None if decomposed else self._promised(before, selection),
         }
 
     def _promised(self, before: State, selection: Selection) -> float | None:
@@ -443,26 +452,52 @@ class Rounds:
     def _train_and_mask(self, part: Part, scores: np.ndarray) -> np.ndarray:
         """Train with gates, and mask units by the signals of the way; return the scores that came of it."""
         state, whole = self.state, self.state.shallow.analysis
+        self.masked = frozenset()
         analysis = state.analysis(self.settings.heads)
         before = {metric: self.selector.ratio(metric, state.removed) for metric in part.ratios}
+
+        distrust = 0.5 * self.settings.penalty * squared_norms(analysis)
 
         def choose(found: np.ndarray, share: float) -> frozenset[int]:
             way = {name: before[name] * (ratio / before[name]) ** share for name, ratio in part.ratios.items()}
             limits = {name: min(1.0, ratio) for name, ratio in way.items()}
-            removed = self._select(lifted(state, analysis, found), limits, ()).removed
-            gone = removed - state.removed
+            removed = self._select(lifted(state, analysis, found + distrust), limits, ()).removed
+            gone = self.masked = removed - state.removed
             if not state.removed:
                 return gone
             slices = (whole.units[unit].slices for unit in gone)
             return frozenset(u for each in slices for u in units_at(analysis, each, state.plan.kept))
 
+        self._check_per_example()
         steps = max(1, round(MASKING * self.tuner.steps(part.count, last=part.last)))
         signals = Signals(state.small, analysis, choose, steps)
         self._train(steps, [signals], signals.view())
-        found = signals.scores_with_masked_first(), signals.estimates()
+        found = signals.scores_with_masked_first(distrust), signals.estimates()
         scores, changes = (lifted(state, analysis, values) for values in found)
-        self.scored = replace(self.scored, scores=scores, changes=changes)
+        # the teacher's share of the loss pulls back what the labels say: then nothing is promised of them
+        self.scored = replace(self.scored, scores=scores, changes=None if self.settings.distil else changes)
         return scores
+
+    def _tell_signals(self, part: Part, branches: tuple[str, ...]) -> None:
+        name = self.certificate.criterion
+        if part.first and name != "fisher":
+            chose = "only chose which branches go" if branches else "ranked nothing that goes"
+            self.certificate.notes.append(
+                f"the schedule theis ranks units by signals of its own (running fisher scores); {name} {chose}"
+            )
+
+    def _check_per_example(self) -> None:
+        """Refuse a loss that mixes examples, of which no signal belongs to one.
+
+        Raises:
+            UsageError: it does.
+        """
+        training, settings = self.data.training, self.settings
+        assert training is not None
+        batch = next(iter(Batches(self.state.small, training.first(settings.batch_size), settings.batch_size)))
+        loss = resolve_loss(settings.loss, batch.targets)
+        if loss is not None:
+            settled(self.state.small, batch, loss)
 
     def _mark(self) -> Mark:
         told, state = self.certificate, self.state

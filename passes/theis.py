@@ -23,6 +23,7 @@ from kfe_fx.curvature.distributed import Group
 from kfe_fx.gates import insert
 from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program, ProgramModule, copy_graph
+from kfe_fx.training.batches import pinned_batch
 
 DECAY = 0.96
 EVERY = 10
@@ -67,7 +68,10 @@ class Signals:
         self._weight = 0.0
         self._seen: list[tuple[tuple[Tensor, ...], int]] = []
         self._columns = [np.asarray(group.units) for group in self.analysis.groups]
-        self._alone = any(site.example_layout is None for site in self.analysis.gate_sites)
+        self._pinned = pinned_batch(self.program)
+        self._alone = self._pinned is not None or any(
+            site.example_layout is None for site in self.analysis.gate_sites
+        )  # one gate for all examples
 
     def view(self) -> Program:
         """Return the network with gates over the same tensors."""
@@ -100,7 +104,7 @@ class Signals:
         for name, value in zip(self.program.signature.input_names, flat, strict=True):
             if name in dims and isinstance(value, Tensor):
                 return value.shape[dims[name]]
-        return 1
+        return self._pinned or 1
 
     def add_gradients(self) -> None:
         """Take in the signals of a step; called behind its backward pass, as penalties are. Adds nothing.
@@ -144,8 +148,8 @@ class Signals:
         """Return the scores without the bias of a short run: the average's start at zero is divided out."""
         return self.scores / max(self._weight, 1e-12)
 
-    def scores_with_masked_first(self) -> np.ndarray:
-        """Return the estimates, with the masked units at zero: they go before all others."""
-        found = self.estimates()
+    def scores_with_masked_first(self, penalty: np.ndarray | float = 0.0) -> np.ndarray:
+        """Return the estimates plus a penalty, with the masked units at zero: they go before all others."""
+        found = self.estimates() + penalty
         found[list(self.masked)] = 0.0
         return found

@@ -76,6 +76,10 @@ def test_a_store_is_used_or_refused() -> None:
         halved("fisher", store=store, plan=halved("fisher").plan)
     with pytest.raises(UsageError, match=r"store is a str; give a kfe_fx\.curvature\.Store"):
         halved("kron-obs", store="curvature.safetensors")
+    several: dict[str, Any] = {"budget": 0.6, "metric": "macs", "criterion": "kron-obd", "schedule": "netadapt"}
+    for rounds in (None, 3):  # each scores anew
+        with pytest.raises(UsageError, match=r"of the network before any round.* or --rounds 1"):
+            prune(program, store=store, rounds=rounds, **several)
     with torch.no_grad():
         program.tensor("0.bias").add_(1)
     for criterion in ("fisher", "kron-obs"):

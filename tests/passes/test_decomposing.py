@@ -114,6 +114,34 @@ def test_ranks_that_mean_nothing(ranks: Any):
         Plan.from_json({**Plan().to_json(), "decomposed": ranks})
 
 
+def test_a_decomposed_network_is_taught_by_activations_that_its_teacher_has_too():
+    plan = Plan(decomposed={"mid": (8, 8)})
+    options = {"budget": 0.9, "plan": plan, "data": (X, X.mean((1, 2, 3)).gt(0).long()), "epochs": 1, "distil": 0.5}
+    found = run(made(), features=("*",), **options)
+    taught = found.certificate.rounds[0]["finetune"]["distillation"]["features"]
+    assert set(taught) == {"conv2d", "relu", "mid", "relu_1", "mean", "linear"}  # "mid" is the last of its three
+    with pytest.raises(UsageError, match="no activation is called 'tail'"):
+        run(made(), features=("tail",), **options)
+
+
+def test_the_loss_before_is_that_of_the_network_before_it_was_decomposed():
+    program = made()
+    labels = program(X).argmax(1)
+    found = run(
+        program,
+        budget=0.9,
+        plan=Plan(decomposed={"mid": (1, 1)}),
+        data=(X, labels),
+        val=(X[:4], labels[:4]),
+        repair="none",
+    )
+    told = found.certificate.rounds[0]["loss"]
+    assert told["before"] == pytest.approx(float(F.cross_entropy(program(X), labels).detach()), rel=1e-5)
+    assert told["removed"] > told["before"] + 1e-3
+    assert found.certificate.loss["realised_change"] == pytest.approx(told["removed"] - told["before"])
+    assert found.certificate.loss["predicted_change"] is None
+
+
 def test_channels_go_where_no_layer_can_be_decomposed():
     """Weights that are computed belong to no layer, and the one that makes the outputs stays whole."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import kfe_fx
 from kfe_fx.cost.solver import Selection
 from kfe_fx.criteria import Criterion, ScoreContext, score
+from kfe_fx.criteria.step_size import squared_norms
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import Analysis, analyze
@@ -201,6 +202,20 @@ def test_signals_are_the_running_fisher_scores_of_the_gates():
     assert grad.abs().sum() > 0
 
 
+def test_signals_of_a_network_of_fixed_batches_are_those_of_the_batch():
+    """One gate for all examples: the square of the sum stands for that of N independent ones."""
+    torch.manual_seed(0)
+    x, y = data(7)
+    program = capture(Net().double().eval(), x.double(), {})
+    signals = Signals(program, analyze(program), lambda scores, share: frozenset(), total=1)
+    view = signals.view()
+    view.train()
+    F.cross_entropy(view(x.double()), y).backward()
+    signals.add_gradients()
+    g = gate_gradients(program, signals.analysis, x.double(), y, frozenset())
+    np.testing.assert_allclose(signals.estimates(), g.sum(0) ** 2 / 14, rtol=1e-12)
+
+
 def test_theis_needs_training(trained: Program):
     with pytest.raises(UsageError, match="while it trains"):
         run(trained, schedule="theis", epochs=0)
@@ -321,10 +336,9 @@ def test_the_penalty_is_no_part_of_what_is_promised(trained: Program, criterion:
     assert result.certificate.rounds[0]["predicted_loss"] > 10 * abs(expected)  # what was ranked by
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}])
-def test_theis_promises_what_its_signals_said(
-    trained: Program, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-):
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[Signals]:
+    """The signals of each round."""
     seen: list[Signals] = []
 
     class Kept(Signals):
@@ -333,12 +347,85 @@ def test_theis_promises_what_its_signals_said(
             seen.append(self)
 
     monkeypatch.setattr(passes_rounds, "Signals", Kept)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}])
+def test_theis_promises_what_its_signals_said(trained: Program, signals: list[Signals], options: dict[str, Any]):
     result = run(trained, schedule="theis", rounds=1, epochs=4, **options)
     removed = sorted(result.plan.units(analyze(trained)))
-    assert seen[0].masked <= set(removed)
+    assert signals[0].masked <= set(removed)
     promised = result.certificate.loss["predicted_change"]
     assert promised > 0
-    assert promised == pytest.approx(seen[0].estimates()[removed].sum())
+    assert promised == pytest.approx(signals[0].estimates()[removed].sum())
+    assert any("running fisher scores" in note for note in result.certificate.notes) == bool(options)
+
+
+@pytest.mark.parametrize("features", [(), ("mid",)])
+def test_signals_come_beside_a_teacher_who_is_no_part_of_the_promise(
+    trained: Program, signals: list[Signals], features: tuple[str, ...]
+):
+    result = run(trained, schedule="theis", rounds=1, epochs=4, distil=0.5, features=features)
+    assert signals[0].scores.max() > 0
+    assert signals[0].masked <= result.plan.units(analyze(trained))
+    assert result.certificate.loss["predicted_change"] is None
+
+
+class Images(nn.Module):
+    """Two convolutions and a layer: the cost of one depends on what is left of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.hidden, self.head = nn.Linear(16, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.two(F.relu(self.one(x)))).mean((2, 3))
+        return self.head(F.relu(self.hidden(y)))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_was_masked_in_training_is_removed(signals: list[Signals], rounds: int):
+    """Signals go on after a unit is masked, and what others cost falls: the cut is of these units all the same."""
+    torch.manual_seed(0)
+    program = capture(Images().eval(), torch.randn(2, 1, 6, 6))
+    x = torch.randn(300, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    y = (x.mean((1, 2, 3)) > 0).long() + (x[:, 0, 0, 0] > 0).long()
+    result = prune(
+        program, budget=0.5, metric="macs", data=(x, y), schedule="theis", rounds=rounds, epochs=10 * rounds,
+        batch_size=32,
+    )  # fmt: skip
+    assert len(signals) == rounds
+    assert signals[0].masked
+    assert signals[0].masked <= result.plan.units(analyze(program))
+
+
+def test_the_penalty_counts_in_signals_too(trained: Program):
+    """With a huge lambda the smallest units go, whatever their signals."""
+    small = capture(Net().eval(), data(2)[0])
+    small.module().load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        for name in ("up.weight", "up.bias"):
+            small.tensor(name)[:6] *= 0.1
+        small.tensor("mid.weight")[:, :6] *= 10.0  # the same function
+    torch.testing.assert_close(small(data(9)[0]), trained(data(9)[0]))
+    plans = [run(small, schedule="theis", rounds=1, penalty=each, lr=1e-4).plan for each in (0.0, 1e9)]
+    held = squared_norms(analyze(small))
+    lost = [sum(held[sorted(plan.units(analyze(small)))]) for plan in plans]
+    assert lost[1] < lost[0]
+
+
+def test_theis_takes_no_signals_of_a_teacher_alone(trained: Program):
+    with pytest.raises(UsageError, match="give distil below 1"):
+        run(trained, schedule="theis", rounds=1, distil=1.0)
+
+
+def test_theis_takes_no_signals_of_a_loss_that_mixes_examples(trained: Program):
+    def mixed(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - outputs.mean(0)).square().mean() + 0 * targets.sum()
+
+    with pytest.raises(UsageError, match="mixes the examples"):
+        run(trained, schedule="theis", rounds=1, loss=mixed, criterion="magnitude")
 
 
 def test_the_promises_of_a_shrunk_network_count_its_own_units(trained: Program):
