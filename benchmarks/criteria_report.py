@@ -157,10 +157,13 @@ class Report:
             dense = self._dense(net)
             for budget in BUDGETS:
                 _, a = self._best(net, budget, names())
-                _, b = self._best(net, budget, PEERS, peer=True)
+                theirs, b = self._best(net, budget, PEERS, peer=True)
                 if dense is not None and len(a) and len(b) and dense.mean() > b.mean():
                     share = (dense.mean() - a.mean()) / (dense.mean() - b.mean())
-                    told.append((f"{net} at {budget:g}: gap to dense over the peer's", -share, -0.5, f"{share:.2f}"))
+                    slower = float(self._latency(net, budget, theirs)) / budget - 1
+                    late = f" ({theirs} is {slower:.0%} slower than asked)" if slower > OFF else ""
+                    what = f"{net} at {budget:g}: gap to dense over the peer's"
+                    told.append((what, -share, -0.5, f"{share:.2f}{late}"))
         for net, budget, when, least, relative in (
             ("resnet", 0.5, "after repair", 0.85, True),
             ("resnet", 0.3, "after repair", 0.65, True),
