@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,24 +95,24 @@ def hard_concrete(log_alpha: Tensor, training: bool = False) -> Tensor:
     """Return gates like ``log_alpha``: drawn in training (see ``drawn_with``), else those of evaluation."""
     if not training:
         return gate_at_test(log_alpha)
-    if _generator is None:
+    if _draw is None:
         return gate_sample(log_alpha, torch.rand_like(log_alpha))
-    u = torch.rand(log_alpha.shape, dtype=log_alpha.dtype, generator=_generator)
+    u = torch.rand(log_alpha.shape, dtype=log_alpha.dtype, generator=_draw())
     return gate_sample(log_alpha, u.to(log_alpha.device))
 
 
-_generator: torch.Generator | None = None
+_draw: Callable[[], torch.Generator] | None = None
 
 
 @contextmanager
 def drawn_with(seed: int) -> Iterator[None]:
     """Draw gates by a generator of their own: there is one draw a mini-batch, whichever process has which examples."""
-    global _generator
-    before, _generator = _generator, torch.Generator().manual_seed(seed)
+    global _draw
+    before, _draw = _draw, cache(lambda: torch.Generator().manual_seed(seed))  # made for the first gate
     try:
         yield
     finally:
-        _generator = before
+        _draw = before
 
 
 _LIBRARY.impl("hard_concrete", hard_concrete, "CompositeImplicitAutograd")

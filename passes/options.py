@@ -55,6 +55,11 @@ def check_options(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
     _check_rounds(given, limits)
     if given["temperature"] is not None and not given["distil"]:
         raise UsageError("a temperature is of distillation; say distil= too, the dense network's share of the loss")
+    if given["schedule"] == "theis" and given["distil"] == 1:
+        raise UsageError(
+            "the schedule theis takes its signals from the gradients of the loss, which vanish where the dense network "
+            "alone is learned from; give distil below 1"
+        )
     if given["features"] and not given["distil"]:
         raise UsageError("features are compared by distillation; say distil= too, the dense network's share")
 

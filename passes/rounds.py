@@ -53,8 +53,8 @@ from kfe_fx.passes.tuning import Tuner
 from kfe_fx.plan import Plan
 from kfe_fx.program import Program
 from kfe_fx.runtime.profile import strays
-from kfe_fx.training.batches import Batches
-from kfe_fx.training.losses import resolve_loss, settled
+from kfe_fx.training.batches import Batches, pinned_batch
+from kfe_fx.training.losses import Settling, resolve_loss
 from kfe_fx.training.metrics import Metric, evaluate, resolve_metric
 from kfe_fx.training.prune_data import PruneData
 from kfe_fx.training.shared_norms import has_own_norms
@@ -253,7 +253,7 @@ class Rounds:
             branches = self._choose_branches(scores) if part.first else ()
             if self.settings.schedule == "theis":
                 self._tell_signals(part, branches)
-                scores = self._train_and_mask(part, scores)
+                scores = self._train_and_mask(part, branches)
             found = self._chosen(part, scores, branches)
             chosen = Group.current().lead(lambda: found)
             if chosen is None:
@@ -449,8 +449,11 @@ class Rounds:
         entry["finetune"] = {key: value for key, value in facts.items() if key != "threads"}
         self.certificate.measured.setdefault("training_threads", []).append(facts.get("threads"))
 
-    def _train_and_mask(self, part: Part, scores: np.ndarray) -> np.ndarray:
-        """Train with gates, and mask units by the signals of the way; return the scores that came of it."""
+    def _train_and_mask(self, part: Part, branches: tuple[str, ...]) -> np.ndarray:
+        """Train with gates, and mask units by the signals of the way; return the scores that came of it.
+
+        The branches that are going to be dropped are masked from the start.
+        """
         state, whole = self.state, self.state.shallow.analysis
         self.masked = frozenset()
         analysis = state.analysis(self.settings.heads)
@@ -461,7 +464,7 @@ class Rounds:
         def choose(found: np.ndarray, share: float) -> frozenset[int]:
             way = {name: before[name] * (ratio / before[name]) ** share for name, ratio in part.ratios.items()}
             limits = {name: min(1.0, ratio) for name, ratio in way.items()}
-            removed = self._select(lifted(state, analysis, found + distrust), limits, ()).removed
+            removed = self._select(lifted(state, analysis, found + distrust), limits, branches).removed
             gone = self.masked = removed - state.removed
             if not state.removed:
                 return gone
@@ -492,12 +495,11 @@ class Rounds:
         Raises:
             UsageError: it does.
         """
-        training, settings = self.data.training, self.settings
+        training, small = self.data.training, self.state.small
         assert training is not None
-        batch = next(iter(Batches(self.state.small, training.first(settings.batch_size), settings.batch_size)))
-        loss = resolve_loss(settings.loss, batch.targets)
-        if loss is not None:
-            settled(self.state.small, batch, loss)
+        size = pinned_batch(small) or self.settings.batch_size
+        for batch in Batches(small, training.first(size), size):
+            Settling(small, resolve_loss(self.settings.loss, batch.targets)).see(batch)
 
     def _mark(self) -> Mark:
         told, state = self.certificate, self.state

@@ -41,11 +41,6 @@ def round_ratios(settings: Settings, ratios: Mapping[str, float], *, trains: boo
     """
     if settings.schedule == "theis" and not trains:
         raise UsageError("the schedule theis removes while it trains: give data with targets, and epochs")
-    if settings.schedule == "theis" and settings.distil == 1:
-        raise UsageError(
-            "the schedule theis takes its signals from the gradients of the loss, which vanish where the dense network "
-            "alone is learned from; give distil below 1"
-        )
     if settings.metric == "widths" or settings.plan is not None or settings.schedule == "one-shot":
         return [dict(ratios)]
     usual = PROPOSING if settings.schedule == "netadapt" else CAREFUL if settings.stops else ROUNDS if trains else 1

@@ -18,7 +18,7 @@ from kfe_fx.labels.analysis import Analysis
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, settle, settled
+from kfe_fx.training.losses import Loss, Settling, cut, settle
 
 DATA_FREE_EXAMPLES = 256
 Rows = TypeVar("Rows")
@@ -40,7 +40,7 @@ def gate_gradients(source: Source) -> Iterator[Tensor]:
     """Yield d loss_n / d gate[n, u] as [N, units] batch by batch, in evaluation mode.
 
     Where an activation mixes examples in a way that no dim tells apart, examples run one at a time: as correct, slower.
-    A network that pins a batch above one and mixes it is scored per batch, as one example.
+    A network that pins its batch at N runs once, and N backward passes take its examples apart.
 
     Raises:
         BadData: a loss without targets to take it on, or gradients that are not finite.
@@ -135,10 +135,11 @@ class _Pass:
         self.facts.update(
             inputs="drawn" if source.batches is None else "data", per_example="loop" if split else "batch"
         )
-        examples = 0
+        examples, settling = 0, Settling(source.program, self.loss)
         for whole in batches:
-            if not examples and self.loss is not None:
-                self.loss = settled(source.program, whole, self.loss)
+            self.loss = settling.see(whole)
+            if split:
+                self.likelihood.hold(lambda batch=whole: self._forward(batch)[1], whole)
             pieces = [whole.rows(i, i + 1) for i in range(whole.count)] if split else [whole]
             for batch in pieces:
                 empirical = batch.targets is not None
@@ -188,6 +189,7 @@ class _Pass:
         count = batch.count
         if self.module.per_example or count == 1:
             return [(outputs, batch)]
+        self.likelihood.hold(lambda: outputs, batch)
         return [(cut(outputs, count, i, i + 1), batch.rows(i, i + 1)) for i in range(count)]
 
     def _total(self, outputs: Any, batch: Batch) -> Tensor:

@@ -27,7 +27,7 @@ from kfe_fx.program import Program, put_tensor
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, cut, settled
+from kfe_fx.training.losses import Loss, Settling, cut
 
 
 class LossModel(Criterion):
@@ -186,11 +186,10 @@ def mean_gradients(program: Program, batches: Batches, loss: Loss | None, names:
     """
     view, leaves = _with_leaves(program, names)
     sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
-    count = 0
+    count, settling = 0, Settling(program, loss)
     for batch in batches:
-        if loss is None or batch.targets is None:
+        if (loss := settling.see(batch)) is None or batch.targets is None:
             raise BadData("the gradient of the loss needs a loss and targets; give --data with targets")
-        loss = loss if count else settled(program, batch, loss)
         with torch.enable_grad():
             outputs = _run(view, batch)
             total = loss.total(outputs, batch.targets, batch.count)
@@ -245,13 +244,13 @@ def mean_curvatures(
 def _by_autograd(context: ScoreContext, batches: Batches, names: list[str], source: str) -> dict[str, Tensor]:
     """Return the same diagonal by a loop over examples, for parameters without statistics."""
     view, leaves = _with_leaves(context.program, names)
-    likelihood, loss = Likelihood(context.loss, context.seed), context.loss
+    likelihood, settling = Likelihood(context.loss, context.seed), Settling(context.program, context.loss)
     sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
     count = 0
     for batch in batches:
-        loss = loss if loss is None or count else settled(context.program, batch, loss)
+        loss = settling.see(batch)
         with torch.enable_grad():
-            for outputs, one in _singly(view, batch):
+            for outputs, one in _singly(view, batch, likelihood):
                 kind = curvature_kind(outputs, one, likelihood) if source == "auto" else source
                 for values, column in curvature_columns(kind, outputs, one, loss, likelihood):
                     _add(sums, leaves, values, column, square=True)
@@ -276,7 +275,8 @@ def mean_over_examples(
     Raises:
         BadData: no examples, targets without a loss, or a derivative is not finite.
     """
-    batches, loss, likelihood = examples_of(context), context.loss, Likelihood(context.loss, context.seed)
+    batches, likelihood = examples_of(context), Likelihood(context.loss, context.seed)
+    settling = Settling(context.program, context.loss)
     view, leaves = _with_leaves(context.program, list(context.weights()))
 
     def zeros() -> dict[str, Tensor]:
@@ -284,9 +284,9 @@ def mean_over_examples(
 
     sums, count = zeros(), 0
     for batch in batches:
-        loss = loss if loss is None or count else settled(context.program, batch, loss)
+        loss = settling.see(batch)
         with torch.enable_grad():
-            for outputs, one in _singly(view, batch):
+            for outputs, one in _singly(view, batch, likelihood):
                 first, squares = zeros(), zeros()
                 if one.targets is None:
                     total = likelihood.total(outputs, one)
@@ -311,14 +311,16 @@ def _required(loss: Loss | None) -> Loss:
     return loss
 
 
-def _singly(view: Program, batch: Batch) -> Any:
+def _singly(view: Program, batch: Batch, likelihood: Likelihood) -> Any:
     """Yield outputs and batch of one example at a time; a network that pins its batch is run once for all of it."""
     if pinned_batch(view) is None:
+        likelihood.hold(lambda: _run(view, batch), batch)
         for i in range(batch.count):
             one = batch.rows(i, i + 1)
             yield _run(view, one), one
         return
     outputs = _run(view, batch)
+    likelihood.hold(lambda: outputs, batch)
     for i in range(batch.count):
         yield cut(outputs, batch.count, i, i + 1), batch.rows(i, i + 1)
 

@@ -19,7 +19,7 @@ from kfe_fx.program import Program, ProgramModule, copy_graph, named_tensors, pu
 from kfe_fx.structure import pack
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.likelihood import Likelihood
-from kfe_fx.training.losses import Loss, counted, cut, resolve_loss, settled
+from kfe_fx.training.losses import Loss, Settling, counted, cut, resolve_loss
 from kfe_fx.weights import check_weights
 
 SOURCES = ("empirical", "sampled", "exact")
@@ -148,7 +148,7 @@ class Fitter:
         if source == "empirical" and targets is None:
             raise BadData("the source 'empirical' needs targets, and the data has none; use sampled or exact")
         self.blocks = blocks
-        self.view = _detached(program)
+        self.view, self._plain = _detached(program), _detached(program)  # one is watched
         self.progress = progress
         self.facts: dict[str, Any] = {"profile": "score", "seed": seed, "nonfinite": {}}
         self.sinks: list[Statistic] = []
@@ -186,17 +186,22 @@ class Fitter:
         # a network that pins its batch cannot take one example: the loss of each is taken out of the whole batch
         collector.alone = split and pinned_batch(self.view) is not None
         apart = split and not collector.alone
-        group = Group.current()
+        group, settling = Group.current(), Settling(self._plain, self.loss)
         with collector.watching():
             for index, batch in enumerate(self.batches):
-                if not index and self.loss is not None:
-                    self.loss = settled(self.view, batch, self.loss)
+                self.loss = settling.see(batch)
                 if index % group.size != group.rank:
                     continue
                 likelihood.generator.manual_seed(self.seed * 1_000_003 + index)  # the same labels in every pass
+                if apart:
+                    self._hold(batch, likelihood)
                 for piece in [batch.rows(i, i + 1) for i in range(batch.count)] if apart else [batch]:
                     self._batch(piece, likelihood, collector)
                 yield index, batch.count
+
+    def _hold(self, batch: Batch, likelihood: Likelihood) -> None:
+        module = self._plain.module()
+        likelihood.hold(lambda: pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval")), batch)
 
     def _batch(self, batch: Batch, likelihood: Likelihood, collector: Collector) -> None:
         module = self.view.module()
@@ -204,6 +209,7 @@ class Fitter:
             outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
             if collector.alone:
                 count = batch.count
+                likelihood.hold(lambda: outputs, batch)
                 for i in range(count):
                     self._examples(cut(outputs, count, i, i + 1), batch.rows(i, i + 1), likelihood, collector)
             else:

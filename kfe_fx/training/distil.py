@@ -2,7 +2,8 @@
 
     loss = (1 - w) * task loss + w * ( teacher term + sum over features f of  c_f * mean (s_f - t_f)² / mean t_f² )
 
-Outputs beside the main one count by their mean square error over their variance in the first batch, each.
+Outputs of examples beside the main one count by their mean square error, or, where their own mean square in the first
+batch is above 1, by it over that: none outweighs the main one by its unit.
 The teacher term of classes is T² KL( softmax(t / T) || softmax(s / T) ) (Hinton, Vinyals, Dean 2015), of values the
 mean square of s - t. w = 0.9 and T = 1 by default: what pruned networks were fine-tuned with in the paper on Fisher
 pruning (Theis, Korshunova, Tejani, Huszar 2018: 0.9 of the loss to the teacher's map as it is).
@@ -24,19 +25,18 @@ from kfe_fx.data.dataset import ArrayData
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.labels.states import widths
 from kfe_fx.program import Program, named_tensors
-from kfe_fx.structure import pack
+from kfe_fx.structure import flatten_like, pack
 from kfe_fx.training.activations import Compared, Watched
 from kfe_fx.training.batches import Batch, Batches, pinned_batch
 from kfe_fx.training.features import Features
 from kfe_fx.training.lessons import Lesson, Lessons
-from kfe_fx.training.losses import Loss, floating_outputs, main_output, mean_square, resolve_loss, settle
+from kfe_fx.training.losses import Loss, example_dim, main_output, mean_square, resolve_loss, settle
 from kfe_fx.training.optimizer_state import CURVATURE
 from kfe_fx.training.soft_targets import softened, with_classes
 
 WEIGHT, TEMPERATURE = 0.9, 1.0
 CLASSES, VALUES = "cross-entropy", "mse"
 _MEMORY = 256 << 20
-_LEAST = 1e-12  # what an output that is constant varies by
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Teaching:
             found = loss if named else resolve_loss(None, targets)
         self._compare_by(found or Loss(VALUES, mean_square, "mean"))
         self._features = Compared(spec.features)
-        self._spread: dict[int, float] = {}  # variances of the outputs beside the main one, by their place
+        self._beside: dict[int, float] = {}  # flat outputs beside the main one -> what their errors are divided by
         self._student, self._asked = Watched(program, ()), Watched(self.teacher, ())
         self.batches = Lessons(program, self.teacher, batches, batches.batch_size)
 
@@ -174,8 +174,10 @@ class Teaching:
         self._watch()
         with torch.no_grad():
             flat, activations = self._student.run(first.inputs, "eval")
+        self._beside = {}
         said, theirs = self._say(first.asked)
         self._check_outputs(pack(self.program.signature.outputs["eval"], flat), said, first)
+        self._measure_beside(flat, first)
         self._features.measure(activations, theirs)
         self._watch()
 
@@ -213,11 +215,6 @@ class Teaching:
         if not self._named:
             return
         mine = main_output(outputs)
-        self._spread = {
-            at: float(theirs[theirs.isfinite()].var(correction=0).clamp_min(_LEAST))
-            for at, (own, theirs) in enumerate(zip(_others(outputs), said[1:], strict=False))
-            if own.shape == theirs.shape and bool(theirs.isfinite().any())
-        }
         if mine.shape != said[0].shape:
             raise UsageError(
                 f"the teacher's output is {list(said[0].shape)}, this network's {list(mine.shape)}; give a teacher of "
@@ -230,6 +227,21 @@ class Teaching:
                 if not self._guessed:
                     raise
                 self._compare_by(Loss(VALUES, mean_square, "mean"))
+
+    def _measure_beside(self, flat: tuple[Any, ...], first: Lesson) -> None:
+        """Find the outputs beside the main one that both networks have at the same places, an example each."""
+        assert first.asked is not None
+        mine, theirs = self.program.signature.outputs, self.teacher.signature.outputs
+        if not self._named or mine.get("train", mine["eval"]) != mine["eval"] or mine["eval"] != theirs["eval"]:
+            return
+        said = self._flat_said(first.asked.inputs)[0]
+        main = main_output(pack(mine["eval"], flat))
+        for place, (own, wanted) in enumerate(zip(flat, said, strict=True)):
+            if own is main or not all(isinstance(v, Tensor) and v.is_floating_point() for v in (own, wanted)):
+                continue
+            finite = wanted.masked_fill(wanted == -math.inf, 0.0)
+            if own.shape == wanted.shape and example_dim(own, first.count) is not None and finite.isfinite().all():
+                self._beside[place] = max(1.0, float(finite.double().square().mean()))
 
     def remember(self, seed: int, total: int, progress: Callable[[str, float | None], None] | None) -> None:
         """Let the teacher speak once for all epochs where that is worth it and changes nothing; see ``Lessons``."""
@@ -253,6 +265,11 @@ class Teaching:
         told = self.ask(batch.asked) if batch.told is None else batch.told
         count = len(told) - len(activations)
         parts = self._features.term(activations, told[count:])
+        if self._beside:
+            flat = flatten_like(self.program.signature.outputs["eval"], outputs, "the output")
+            for (place, size), wanted in zip(self._beside.items(), told[1:count], strict=True):
+                mine = _examples_first(flat[place], batch.count)
+                parts.append(_squares(mine, wanted.to(mine)) / size)
         return torch.stack([self._output_term(outputs, told[:count], batch, stress), *parts]).sum()
 
     def _output_term(self, outputs: Any, told: tuple[Any, ...], batch: Batch, stress: float) -> Tensor:
@@ -262,19 +279,10 @@ class Teaching:
             return self.match.mean(outputs, theirs, batch.count)
         scores = main_output(outputs)
         wanted = told[0].to(scores)
-        others = self._others_term(outputs, told[1:])
         if self.match.kind == VALUES:
-            return F.mse_loss(scores, wanted) + others
+            return F.mse_loss(scores, wanted)
         moved, goal, counted = with_classes(scores, wanted, batch.targets, self.ignored, batch.inputs)
-        return softened(moved, goal, self.temperature, counted) * (1.0 if counted is None else stress) + others
-
-    def _others_term(self, outputs: Any, told: tuple[Any, ...]) -> Tensor | float:
-        """Return the mean square errors of the outputs beside the main one, each over its variance of the start."""
-        if not self._spread:
-            return 0.0
-        mine = _others(outputs)
-        parts = [_squares(mine[at], told[at].to(mine[at])) / spread for at, spread in self._spread.items()]
-        return torch.stack(parts).sum()
+        return softened(moved, goal, self.temperature, counted) * (1.0 if counted is None else stress)
 
     def ask(self, asked: Batch) -> tuple[Any, ...]:
         """Return what is compared: outputs of the teacher, then what stays of its activations."""
@@ -283,14 +291,18 @@ class Teaching:
 
     @torch.no_grad()
     def _say(self, asked: Batch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        flat, activations = self._asked.run(asked.inputs, "eval")
-        said = tuple(self._narrowed(place, value) for place, value in enumerate(flat))
+        said, activations = self._flat_said(asked.inputs)
         if not self._named:
             return said, activations
         if not any(isinstance(value, Tensor) and value.is_floating_point() for value in said):
             raise UsageError("the teacher has no floating-point output to learn from; give another one")
-        outputs = pack(self.teacher.signature.outputs["eval"], said)
-        return (main_output(outputs), *_others(outputs)), activations
+        main = main_output(pack(self.teacher.signature.outputs["eval"], said))
+        return (main, *(_examples_first(said[place], asked.count) for place in self._beside)), activations
+
+    @torch.no_grad()
+    def _flat_said(self, inputs: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        flat, activations = self._asked.run(inputs, "eval")
+        return tuple(self._narrowed(place, value) for place, value in enumerate(flat)), activations
 
     def _narrowed(self, place: int, value: Any) -> Any:
         """Cut a state that the teacher returns to the units that this network's still has."""
@@ -348,14 +360,14 @@ def _share(weight: float | None, loss: Loss | None, targets: Tensor | None) -> f
     return float(weight)
 
 
-def _others(outputs: Any) -> list[Tensor]:
-    main = main_output(outputs)
-    return [value for value in floating_outputs(outputs) if value is not main]
+def _examples_first(value: Tensor, count: int) -> Tensor:
+    dim = example_dim(value, count)
+    return value if dim is None else value.movedim(dim, 0)
 
 
 def _squares(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return the mean square difference, zero where either is minus infinity: that rules something out."""
-    told = mine.isfinite() & theirs.isfinite()
+    """Return the mean square difference, of nothing where minus infinity rules out or the teacher has no number."""
+    told = theirs.isfinite() & (mine != -math.inf)
     return (mine.masked_fill(~told, 0.0) - theirs.masked_fill(~told, 0.0)).square().mean()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kfe_fx.curvature.distributed import Group
+from kfe_fx.data.dataset import check_seed
 from kfe_fx.errors import BadData, UsageError
 from kfe_fx.program import Program
 from kfe_fx.training.batches import Batches
@@ -95,6 +96,7 @@ def finetune(
             the learning rate is too high.
         BadData: no examples, or no targets and no teacher, or the loss is not finite from the start.
     """
+    check_seed(seed)
     batches = Batches(program, data, batch_size)
     targets = batches.targets()
     found = counted(resolve_loss(loss, targets), batches.labels())

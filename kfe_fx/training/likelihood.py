@@ -13,7 +13,7 @@ the loss of each 1/2 of its mean square change over its variance in the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class Likelihood:
         self.main = main or loss is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.family = {"cross-entropy": CATEGORICAL, "mse": GAUSSIAN}.get(loss.kind, "") if loss is not None else ""
+        self._spreads: list[float] = []  # of floating outputs, by their place
         self.classes_last: bool | None = None  # as the targets of a batch said; batches without any go by it
 
     def total(self, outputs: object, batch: Batch) -> Tensor:
@@ -47,9 +48,29 @@ class Likelihood:
         """
         values = self.values(outputs)
         total = self._total(values, batch)
-        for other in self._others(outputs, batch):
-            total = total + self._drawn(other, _relative_scale(other, batch.count))
+        for other, scale in self._scaled(outputs, batch):
+            total = total + self._drawn(other, scale)
         return total
+
+    def hold(self, run: Callable[[], object], batch: Batch) -> None:
+        """Measure what outputs vary by over a batch whose examples are going to be taken one by one.
+
+        Args:
+            run: gives the outputs of the whole batch; it is called where there is something to measure.
+            batch: the whole batch.
+        """
+        if not self.main and batch.targets is None:
+            with torch.no_grad():
+                self._spreads = [_spread(value) for value in floating_outputs(run())]
+
+    def _scaled(self, outputs: object, batch: Batch) -> Iterator[tuple[Tensor, float]]:
+        """Yield the outputs beside the main one with 1 / standard deviation of the labels drawn for them.
+
+        The loss is half the mean square change relative to the variance in the batch.
+        """
+        for place, other in self._others(outputs, batch).items():
+            spread = self._spreads[place] if self._spreads else _spread(other)
+            yield other, math.sqrt(batch.count / (other.numel() * spread))
 
     def _drawn(self, values: Tensor, scale: float) -> Tensor:
         noise = torch.randn(values.shape, dtype=values.dtype, generator=self.generator).to(values.device)
@@ -79,14 +100,14 @@ class Likelihood:
             BadData: a loss of the user's own was given, for which no distribution is known.
             UsageError: there are more than 1,024 columns.
         """
-        values, *others = self.drawn_for(outputs, batch)
+        values = self.values(outputs)
         _bound(self.size(outputs, batch))
         if self.family == GAUSSIAN:
             yield from _gaussian_columns(values, batch.count, self._gaussian_scale(values, batch.count))
         else:
             yield from self._categorical_columns(values, batch)
-        for other in others:
-            yield from _gaussian_columns(other, batch.count, _relative_scale(other, batch.count))
+        for other, scale in self._scaled(outputs, batch):
+            yield from _gaussian_columns(other, batch.count, scale)
 
     def size(self, outputs: object, batch: Batch) -> int:
         """Count the outputs of one example that labels are drawn for, a column each."""
@@ -94,15 +115,15 @@ class Likelihood:
 
     def drawn_for(self, outputs: object, batch: Batch) -> list[Tensor]:
         """Return the outputs that labels are drawn for, the main one first."""
-        return [self.values(outputs), *self._others(outputs, batch)]
+        return [self.values(outputs), *self._others(outputs, batch).values()]
 
-    def _others(self, outputs: object, batch: Batch) -> list[Tensor]:
-        """Return the outputs beside the main one, where nothing says which of them count."""
+    def _others(self, outputs: object, batch: Batch) -> dict[int, Tensor]:
+        """Return the outputs beside the main one by their place, where nothing says which of them count."""
         if self.main or batch.targets is not None:
-            return []
+            return {}
         values = main_output(outputs)
-        found = [value for value in floating_outputs(outputs) if value is not values and value.requires_grad]
-        return [value for value in found if value.numel() % batch.count == 0]
+        found = {at: value for at, value in enumerate(floating_outputs(outputs)) if value is not values}
+        return {at: value for at, value in found.items() if value.requires_grad and value.numel() % batch.count == 0}
 
     def _ignored(self, scores: Tensor, batch: Batch) -> Tensor | None:
         """Tell which rows of scores [N * positions, C] have no loss, by their labels."""
@@ -163,12 +184,11 @@ def _gaussian_columns(values: Tensor, count: int, scale: float) -> Iterator[tupl
         yield flat, column
 
 
-def _relative_scale(values: Tensor, count: int) -> float:
-    """Return 1 / standard deviation, for a loss of half the mean square change relative to the variance."""
+def _spread(values: Tensor) -> float:
+    """Return the variance, or 1 where there is none."""
     held = values.detach()
     spread = float(held.var(correction=0)) if held.numel() > 1 else 0.0
-    spread = spread if spread > 0 and math.isfinite(spread) else 1.0
-    return math.sqrt(count / (held.numel() * spread))
+    return spread if spread > 0 and math.isfinite(spread) else 1.0
 
 
 def _classes_last(values: Tensor, targets: object) -> bool | None:

@@ -245,28 +245,40 @@ def separable(loss: Loss, outputs: Any, targets: Any, count: int) -> None:
         )
 
 
-def settled(program: Program, batch: Batch, loss: Loss) -> Loss:
-    """Settle a loss on a whole batch and check that it is one of each example, before examples are taken one by one.
+class Settling:
+    """Settles a loss of the user's on whole batches, before their examples are taken one by one.
 
-    Raises:
-        UsageError: it mixes the examples of a batch; see ``settle`` and ``separable``.
-        BadData: it is not finite.
+    It looks until a batch of several examples has shown that the loss is one of each example.
     """
-    if loss.kind or batch.targets is None:
-        return loss
-    module = program.module()
-    with torch.no_grad():
-        outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
-    loss = settle(loss, outputs, batch.targets, batch.count)
-    separable(loss, outputs, batch.targets, batch.count)
-    return loss
+
+    def __init__(self, program: Program, loss: Loss | None) -> None:
+        """Nothing is to be settled of a loss by name, or of none."""
+        self._module, self._loss = program.module(), loss
+        self._done = loss is None or bool(loss.kind)
+
+    def see(self, batch: Batch) -> Loss | None:
+        """Return the loss, settled as far as this batch and those before it tell.
+
+        Raises:
+            UsageError: it mixes the examples of a batch; see ``settle`` and ``separable``.
+            BadData: it is not finite.
+        """
+        if self._done or self._loss is None or batch.targets is None:
+            return self._loss
+        module = self._module
+        with torch.no_grad():
+            outputs = pack(module.signature.outputs["eval"], module.run_flat(batch.inputs, "eval"))
+        self._loss = settle(self._loss, outputs, batch.targets, batch.count)
+        separable(self._loss, outputs, batch.targets, batch.count)
+        self._done = batch.count > 1
+        return self._loss
 
 
 def cut(value: Any, count: int, start: int, stop: int) -> Any:
     """Take the examples from ``start`` to ``stop`` of nested outputs of ``count``."""
     if isinstance(value, Tensor):
-        dim = _example_dim(value, count)
-        return value if dim is None else value.narrow(dim, start, stop - start)
+        dim, rows = _examples_of(value, count)
+        return value if dim is None else value.narrow(dim, start * rows, (stop - start) * rows)
     if isinstance(value, dict):
         return {key: cut(part, count, start, stop) for key, part in value.items()}
     if isinstance(value, tuple | list):
@@ -276,7 +288,7 @@ def cut(value: Any, count: int, start: int, stop: int) -> Any:
 
 def _twice(value: Any, count: int) -> Any:
     if isinstance(value, Tensor):
-        dim = _example_dim(value, count)
+        dim, _ = _examples_of(value, count)
         return value if dim is None else torch.cat([value, value], dim)
     if isinstance(value, dict):
         return {key: _twice(part, count) for key, part in value.items()}
@@ -285,7 +297,15 @@ def _twice(value: Any, count: int) -> Any:
     return value
 
 
-def _example_dim(value: Tensor, count: int) -> int | None:
+def example_dim(value: Tensor, count: int) -> int | None:
     """Return the dim that counts the examples: the first, or, where that does not fit, the only one that does."""
     fitting = [dim for dim, size in enumerate(value.shape) if size == count]
     return fitting[0] if fitting and (fitting[0] == 0 or len(fitting) == 1) else None
+
+
+def _examples_of(value: Tensor, count: int) -> tuple[int | None, int]:
+    """Return the dim that counts the examples and its entries an example: positions may be folded into the first."""
+    dim = example_dim(value, count)
+    if dim is None and value.dim() and count and len(value) and len(value) % count == 0:
+        return 0, len(value) // count
+    return dim, 1

@@ -238,6 +238,68 @@ def test_token_scores_have_their_classes_last():
     )
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "lm", "taylor-so", "kron-obd"])
+def test_a_loss_that_mixes_examples_is_seen_behind_a_batch_of_one(criterion: str):
+    def mixed(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ((outputs - outputs.mean(0)) ** 2).mean() + 0 * targets.sum()
+
+    program, x = program_of("outer")
+    batches = [(x[:1], TARGETS[:1]), (x, TARGETS)]
+    with pytest.raises(UsageError, match="mixes the examples"):
+        score(criterion, ScoreContext.of(program, analyze(program), batches, mixed))
+
+
+class Folded(nn.Module):
+    """Scores of all positions of all examples, one below the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(5, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.up(x))).reshape(-1, 6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("criterion", ["fisher", "lm", "taylor", "kron-obd"])
+def test_examples_are_found_where_positions_are_folded_into_them(criterion: str, reduction: str):
+    def folded(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        each = F.cross_entropy(outputs, targets.reshape(-1), reduction="none").reshape(len(targets), -1).mean(1)
+        return each if reduction == "none" else each.mean()
+
+    torch.manual_seed(0)
+    x, targets, module = torch.randn(12, 7, 5).double(), torch.randint(6, (12, 7)), Folded().double().eval()
+    found = []
+    for program in (capture(module, x[:4], {}), capture(module, x[:4])):
+        context = ScoreContext.of(program, analyze(program), (x, targets), folded, batch_size=4)
+        found.append(score(criterion, context))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-15)
+
+
+class Beside(nn.Module):
+    """A main output and two beside it, of other sizes and units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.one, self.many = nn.Linear(8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = torch.tanh(self.up(x))
+        return self.head(h), 30 * self.one(h), 0.1 * self.many(h)
+
+
+def test_outputs_of_a_fixed_batch_vary_as_those_of_a_free_one():
+    """What their errors are divided by is of the batch, and not of each example that is taken out of it."""
+    torch.manual_seed(0)
+    module, x = Beside().double().eval(), torch.randn(6, 5).double()
+    pinned, free = (
+        score("obd", ScoreContext.of(program, analyze(program), (x, None), batch_size=6))
+        for program in (capture(module, x, {}), capture(module, x))
+    )
+    np.testing.assert_allclose(pinned, free, rtol=1e-9)
+
+
 @pytest.mark.parametrize("criterion", ["fisher", "taylor", "taylor-so", "qm"])
 @pytest.mark.parametrize("name", ["outer", "windows"])
 def test_a_network_of_fixed_batches_has_the_scores_of_a_free_one(name: str, criterion: str):

@@ -400,6 +400,44 @@ def test_what_was_masked_in_training_is_removed(signals: list[Signals], rounds: 
     assert signals[0].masked <= result.plan.units(analyze(program))
 
 
+class Residual(nn.Module):
+    """Four residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.up = nn.ModuleList([nn.Linear(16, 40) for _ in range(4)])
+        self.down = nn.ModuleList([nn.Linear(40, 16) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(F.relu(up(x)))
+        return self.head(x)
+
+
+def test_branches_that_go_are_masked_from_the_start(signals: list[Signals]):
+    """What is masked beside them is what the budget asks for without them, and no more."""
+    torch.manual_seed(0)
+    program = capture(Residual().eval(), data(2)[0])
+    kfe_fx.train(program, data(600), val=False, optimizer="adamw", lr=3e-3, epochs=3, threads=1)
+    with torch.no_grad():
+        for name in ("down.1.weight", "down.1.bias"):
+            program.tensor(name).mul_(1e-3)  # a branch that nobody misses
+    result = run(program, budget=0.6, schedule="theis", rounds=1, epochs=4, batch_size=32)
+    certificate = result.certificate
+    assert result.plan.dropped
+    assert signals[0].masked
+    assert 0.55 < certificate.after["macs"] / certificate.before["macs"] <= 0.6
+
+
+def test_a_fixed_batch_may_be_larger_than_the_batch_size():
+    torch.manual_seed(0)
+    program = capture(Net().eval(), data(100)[0], {})
+    result = run(program, schedule="theis", rounds=1, epochs=2, batch_size=64)
+    assert result.certificate.feasible
+
+
 def test_the_penalty_counts_in_signals_too(trained: Program):
     """With a huge lambda the smallest units go, whatever their signals."""
     small = capture(Net().eval(), data(2)[0])

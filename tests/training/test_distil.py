@@ -586,8 +586,8 @@ def test_a_teacher_takes_states_as_wide_as_they_were():
     out, state = program(x[:20], h[:20, [3, 4, 5, 6, 7]])
     wanted, held = teacher(x[:20], h[:20])
     held = held[:, 3:]
-    spread = held.var(correction=0)
-    close(part(found), F.mse_loss(out, wanted) + F.mse_loss(state, held) / spread, **TIGHT)
+    size = max(1.0, float(held.square().mean().detach()))
+    close(part(found), F.mse_loss(out, wanted) + F.mse_loss(state, held) / size, **TIGHT)
 
     def states(outputs: Any, wanted: Any) -> Tensor:
         return (outputs[1] - wanted[1]).square().mean(1)  # both are of the units that stay
@@ -600,17 +600,17 @@ def test_a_teacher_takes_states_as_wide_as_they_were():
 
 
 class Heads(nn.Module):
-    """Two heads beside the main one; the last rules out what is negative."""
+    """Heads beside the main one: a large one, one that rules out what is negative, a number of no example."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.side, self.ruled = nn.Linear(8, 4), nn.Linear(8, 2)
+        self.side, self.ruled, self.scale = nn.Linear(8, 4), nn.Linear(8, 2), nn.Parameter(torch.rand(()))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         h = torch.tanh(self.first(x))
         ruled = self.ruled(h)
-        return self.last(h), self.side(h), ruled.masked_fill(x[:, :2] < 0, -torch.inf)
+        return self.last(h), 10 * self.side(h), ruled.masked_fill(x[:, :2] < 0, -torch.inf), self.scale.exp()
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -620,14 +620,70 @@ def test_outputs_beside_the_main_one_are_learned_from_too(labelled: bool):
     found = teaching(program, (x, y if labelled else None), teacher=teacher)
     mine, theirs = program(x[:20]), teacher(x[:20])
     main = softened(mine[0], theirs[0], 1.0) if labelled else F.mse_loss(mine[0], theirs[0])
-    side = F.mse_loss(mine[1], theirs[1]) / theirs[1].var(correction=0)
+    assert theirs[1].square().mean() > 1
+    side = F.mse_loss(mine[1], theirs[1]) / theirs[1].square().mean()
     there = theirs[2].isfinite()
     assert 0 < there.sum() < there.numel()
-    ruled = (mine[2] - theirs[2])[there].square().sum() / there.numel() / theirs[2][there].var(correction=0)
+    assert theirs[2][there].square().mean() < 1
+    ruled = (mine[2] - theirs[2])[there].square().sum() / there.numel()
     close(part(found), main + side + ruled, **TIGHT)
-    for name, grad in gradients(found).items():
-        assert grad.isfinite().all(), name
-        assert grad.abs().sum() > 0, name
+    parameters = list(program.module().named_parameters())
+    grads = torch.autograd.grad(part(found), [value for _, value in parameters], allow_unused=True)
+    for (name, _), grad in zip(parameters, grads, strict=True):
+        if name == "scale":
+            assert grad is None
+        else:
+            assert grad is not None
+            assert grad.isfinite().all(), name
+            assert grad.abs().sum() > 0, name
+
+
+class Other(nn.Module):
+    """Says more in training; its third output in evaluation is no number where nothing is there."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.side, self.more = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3), more
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = torch.tanh(self.first(x))
+        y, side = self.last(h), self.side(h)
+        if self.training and self.more:
+            return y, side
+        return y, h, side / (x[:, :1] > 0)
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_outputs_of_no_number_or_of_training_alone_are_left_out(more: bool):
+    program, teacher = made(1, Other, more=more), made(0, Other, more=more)
+    x, y = examples()
+    found = teaching(program, (x, y), teacher=teacher)
+    mine, theirs = program(x[:20]), teacher(x[:20])
+    beside = F.mse_loss(mine[1], theirs[1]) if not more else 0.0  # of h, which tanh keeps below 1
+    close(part(found), softened(mine[0], theirs[0], 1.0) + beside, **TIGHT)
+    facts = finetune(program, (x, y), teacher=teacher, **SETTINGS)
+    assert facts["last_loss"] < facts["first_loss"]
+
+
+class Steps(nn.Module):
+    """Returns the last state of its layers, whose examples are in the second dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.last = nn.GRU(2, 5, num_layers=2, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = self.gru(x.unflatten(1, (3, 2)))
+        return self.last(y[:, -1]), state
+
+
+def test_what_is_said_of_states_is_remembered_too():
+    program, teacher = made(1, Steps), made(0, Steps)
+    x, y = examples()
+    found = teaching(program, (x, y), teacher=teacher)
+    mine, theirs = program(x[:20]), teacher(x[:20])
+    close(part(found), softened(mine[0], theirs[0], 1.0) + F.mse_loss(mine[1], theirs[1]), **TIGHT)
+    assert finetune(program, (x, y), teacher=teacher, **SETTINGS)["distillation"]["remembered"]
 
 
 # runs ----------------------------------------------------------------------------------------------------------------
