@@ -184,6 +184,7 @@ class Bench:
         row = {"after removal": accuracy(bare(self.program, plan), BROKEN), "after repair": accuracy(small)}
         row |= {"latency": certificate.measured["latency"]["ratio"]} | seconds
         row["macs"] = certificate.after["macs"] / certificate.before["macs"]
+        row["crowding"] = certificate.rounds[-1]["crowding"]
         return small, row | {"dropped": list(plan.dropped), "loss": certificate.loss}
 
     def peer(self, setting: str, budget: float, seed: int) -> tuple[kfe_fx.Program, dict[str, Any]]:

@@ -237,6 +237,12 @@ selecting = stack(
         "is budgeted.",
     ),
     click.option(
+        "--crowding",
+        type=Number(zero=True),
+        help="How much dearer the last units of a layer are than the first: the score of the one that goes when i of "
+        "n have gone counts (n/(n-i))^CROWDING times. Default: 0, 1 or 2, by trial.",
+    ),
+    click.option(
         "--depth/--no-depth",
         default=True,
         show_default=True,

@@ -44,13 +44,15 @@ def check_options(given: Mapping[str, Any], limits: Sequence[Limit]) -> None:
     check_seed(given["seed"])
     _number(given, "lr", above=True)
     _number(given, "temperature", above=True)
-    for name in ("penalty", "ewc"):
+    for name in ("penalty", "crowding", "ewc"):
         _number(given, name)
     _number(given, "distil", most=1.0)
     for name in ("stop_at_loss", "stop_at_accuracy"):
         _number(given, name, least=-math.inf)
-    if limits[0].metric == "widths" and (given["keep"] or given["floor"] or given["cap"]):
-        raise UsageError("a budget of widths cuts all layers alike: keep, floor and cap go with the other metrics")
+    uneven = [name for name in ("keep", "floor", "cap") if given[name]]
+    uneven += ["crowding"] if given["crowding"] is not None else []
+    if limits[0].metric == "widths" and uneven:
+        raise UsageError(f"a budget of widths cuts all layers alike: {uneven[0]} goes with the other metrics")
     _check_measuring(given, limits)
     _check_rounds(given, limits)
     if given["temperature"] is not None and not given["distil"]:

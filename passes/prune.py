@@ -105,6 +105,7 @@ def prune(
     decompose: bool = False,
     schedule: str = "exponential",
     penalty: float = 0.0,
+    crowding: float | None = None,
     distil: float | None = None,
     temperature: float | None = None,
     features: Sequence[str] = (),
@@ -163,6 +164,8 @@ def prune(
             one left), "equal" (each removes as much), "one-shot" (one round), "netadapt" or "theis", see
             ``kfe_fx.passes.schedules``.
         penalty: lambda of the step-size constraint, score + lambda/2 sum of the unit's squared weights.
+        crowding: how much dearer the last units of a layer are than the first: the score of the unit that goes when i
+            of n have gone counts (n / (n - i))^crowding times. By default 0, 1 or 2, by trial in each round.
         distil: the dense network's share of the loss that fine-tuning minimises, 0 to 1.
         temperature: that softens the classes of both; 1 if not given.
         features: globs of modules whose outputs are to stay those of the dense network, on the units that are left.

@@ -23,6 +23,7 @@ from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.states import permit
 from kfe_fx.passes.branch_choice import choose_branches
 from kfe_fx.passes.closed_loop import NO_FASTER, TOLERANCE, ClosedLoop
+from kfe_fx.passes.crowding import EXPONENTS, choose_exponent
 from kfe_fx.passes.cutting import Cut, Cutter, State
 from kfe_fx.passes.decomposing import Decomposer
 from kfe_fx.passes.floors import Floor
@@ -134,6 +135,7 @@ class Rounds:
         self.tuner = Tuner(settings, data, self.original, self.progress)
         self.scored = Scored()  # what was scored last
         self.masked: frozenset[int] = frozenset()  # units of the base that training has been without in this round
+        self.crowding = EXPONENTS[0] if settings.crowding is None else settings.crowding
         self.ratios = self._ratios()
         if not analysis.units and self._asks():
             raise UnsupportedModel(
@@ -251,6 +253,7 @@ class Rounds:
         else:
             scores = self._scores() if self.settings.schedule != "theis" or part.first else self.scored.scores
             branches = self._choose_branches(scores) if part.first else ()
+            self._weigh(part, scores, branches)
             if self.settings.schedule == "theis":
                 self._tell_signals(part, branches)
                 scores = self._train_and_mask(part, branches)
@@ -298,7 +301,29 @@ class Rounds:
         return self.scored.scores
 
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
-        return self.selector.select(scores, ratios, gone=self.state.removed | self.masked, drop=drop)
+        gone = self.state.removed | self.masked
+        return self.selector.select(scores, ratios, gone=gone, drop=drop, crowding=self.crowding)
+
+    def _judged(self, selection: Selection) -> tuple[bool, float]:
+        """Try a selection: whether the budget is out of reach with it, and what is lost."""
+        return (False, self._loss_at(selection)) if selection.feasible else (True, selection.predicted)
+
+    def _weigh(self, part: Part, scores: np.ndarray, drop: tuple[str, ...]) -> None:
+        """Choose by trial how much dearer the last units of a layer are than the first, where nobody said it."""
+        if self.settings.crowding is not None or self.settings.metric == "widths":
+            return
+        self.progress("trying shapes", None)
+        found: dict[frozenset[int], tuple[bool, float]] = {}
+
+        def judge(exponent: float) -> tuple[bool, float]:
+            self.crowding = exponent
+            selection = self._select(scores, part.ratios, drop)
+            if selection.removed not in found:
+                found[selection.removed] = self._judged(selection)
+            return found[selection.removed]
+
+        chosen = choose_exponent(judge)
+        self.crowding = Group.current().lead(lambda: chosen)
 
     def _planned(self, plan: Plan) -> Selection:
         """Take what a plan says as a selection.
@@ -327,7 +352,7 @@ class Rounds:
             "predicted": selection.predicted,
             "removed": len(selection.removed) - len(before.removed),
             **({"dropped": list(selection.dropped)} if selection.dropped else {}),
-            **({} if selection.step is None else {"step": selection.step}),
+            **({} if selection.step is None else {"step": selection.step, "crowding": self.crowding}),
             **({"negative": wanted} if wanted else {}),
             "masked_error": error,
             "predicted_loss": selection.loss,
@@ -385,10 +410,7 @@ class Rounds:
             return harms[name]
 
         def judge(names: tuple[str, ...]) -> tuple[bool, float]:
-            selection = self._select(scores, self.ratios, names)
-            if not selection.feasible:
-                return True, selection.predicted
-            return False, self._loss_at(selection)
+            return self._judged(self._select(scores, self.ratios, names))
 
         return choose_branches(self.selector, self.ratios, harm, judge, TOLERANCE)
 

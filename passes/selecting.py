@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from kfe_fx.cost.solver import Demand, Selection, select_budget, select_widths
 from kfe_fx.cost.steps import matches
 from kfe_fx.errors import PlanError
 from kfe_fx.labels.branches import Branch, NoBranch, examine, find_branches
+from kfe_fx.passes.crowding import crowded
 from kfe_fx.passes.settings import Settings
 from kfe_fx.passes.shallow import Shallow
 
@@ -89,13 +91,25 @@ class Selector:
     # selections ------------------------------------------------------------------------------------------------------
 
     def select(
-        self, scores: np.ndarray, ratios: Ratios, *, gone: frozenset[int], drop: tuple[str, ...] = ()
+        self,
+        scores: np.ndarray,
+        ratios: Ratios,
+        *,
+        gone: frozenset[int],
+        drop: tuple[str, ...] = (),
+        crowding: float = 0.0,
     ) -> Selection:
-        """Select under all limits: ``gone`` went already, the branches ``drop`` go too."""
+        """Select under all limits: ``gone`` went already, the branches ``drop`` go too.
+
+        The last units of a layer count for more by the exponent ``crowding``; what is told as loss is the plain sum.
+        """
         if "widths" in ratios:
             selection = select_widths(self._analysis, scores, ratios["widths"])
             return replace(selection, removed=selection.removed | gone)
-        return replace(self._solve(scores, ratios, gone, drop), dropped=drop)
+        weighed = crowded(self._analysis, scores, crowding, gone | self.units(drop))
+        selection = self._solve(weighed, ratios, gone, drop)
+        lost = (scores[unit] for unit in selection.removed - gone)
+        return replace(selection, dropped=drop, loss=math.fsum(loss for loss in lost if loss != -math.inf))
 
     def by_price(self, harm: dict[str, float], ratios: Ratios) -> list[str]:
         """List the branches by harm per cost saved, the cheapest first; those that save nothing are left out."""

@@ -48,6 +48,7 @@ class Settings:
     decompose: bool = False
     schedule: str = "exponential"
     penalty: float = 0.0
+    crowding: float | None = None
     distil: float = 0.0
     temperature: float | None = None
     features: tuple[str, ...] = ()
