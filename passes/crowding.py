@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 
 from kfe_fx.cost.steps import LARGEST_SCORE, by_score, check_scores
 from kfe_fx.labels.analysis import Analysis
 
-EXPONENTS = (1.0, 2.0, 0.0)  # the first wins ties
-
-Judged = tuple[bool, float]
+EXPONENTS = (1.0, 2.0, 0.0)  # that are tried; the first wins ties
 
 
 def crowded(analysis: Analysis, scores: np.ndarray, exponent: float, absent: Collection[int] = ()) -> np.ndarray:
@@ -47,12 +45,3 @@ def crowded(analysis: Analysis, scores: np.ndarray, exponent: float, absent: Col
         dearer = np.minimum(own * (len(present) / stay) ** exponent, LARGEST_SCORE)
         weighed[present] = np.where((own > 0) & np.isfinite(own), dearer, own)
     return weighed
-
-
-def choose_exponent(judge: Callable[[float], Judged]) -> float:
-    """Choose the exponent by trial.
-
-    Args:
-        judge: of an exponent, (the budget is out of reach, loss after repair); the smaller the better.
-    """
-    return min(EXPONENTS, key=judge)

@@ -23,7 +23,7 @@ from kfe_fx.labels.analysis import analyze
 from kfe_fx.labels.states import permit
 from kfe_fx.passes.branch_choice import choose_branches
 from kfe_fx.passes.closed_loop import NO_FASTER, TOLERANCE, ClosedLoop
-from kfe_fx.passes.crowding import EXPONENTS, choose_exponent
+from kfe_fx.passes.crowding import EXPONENTS
 from kfe_fx.passes.cutting import Cut, Cutter, State
 from kfe_fx.passes.decomposing import Decomposer
 from kfe_fx.passes.floors import Floor
@@ -252,8 +252,7 @@ class Rounds:
             self._surgery(self._planned(self.settings.plan), None, part.ratios)
         else:
             scores = self._scores() if self.settings.schedule != "theis" or part.first else self.scored.scores
-            branches = self._choose_branches(scores) if part.first else ()
-            self._weigh(part, scores, branches)
+            branches = self._choose_shape(part, scores)
             if self.settings.schedule == "theis":
                 self._tell_signals(part, branches)
                 scores = self._train_and_mask(part, branches)
@@ -303,27 +302,6 @@ class Rounds:
     def _select(self, scores: np.ndarray, ratios: dict[str, float], drop: tuple[str, ...]) -> Selection:
         gone = self.state.removed | self.masked
         return self.selector.select(scores, ratios, gone=gone, drop=drop, crowding=self.crowding)
-
-    def _judged(self, selection: Selection) -> tuple[bool, float]:
-        """Try a selection: whether the budget is out of reach with it, and what is lost."""
-        return (False, self._loss_at(selection)) if selection.feasible else (True, selection.predicted)
-
-    def _weigh(self, part: Part, scores: np.ndarray, drop: tuple[str, ...]) -> None:
-        """Choose by trial how much dearer the last units of a layer are than the first, where nobody said it."""
-        if self.settings.crowding is not None or self.settings.metric == "widths":
-            return
-        self.progress("trying shapes", None)
-        found: dict[frozenset[int], tuple[bool, float]] = {}
-
-        def judge(exponent: float) -> tuple[bool, float]:
-            self.crowding = exponent
-            selection = self._select(scores, part.ratios, drop)
-            if selection.removed not in found:
-                found[selection.removed] = self._judged(selection)
-            return found[selection.removed]
-
-        chosen = choose_exponent(judge)
-        self.crowding = Group.current().lead(lambda: chosen)
 
     def _planned(self, plan: Plan) -> Selection:
         """Take what a plan says as a selection.
@@ -397,20 +375,40 @@ class Rounds:
         cut = self.cutter.remove(state, removed, scores, before=self.state.small, store=store, prove=prove)
         return cut, max(error, cut.error)
 
-    def _choose_branches(self, scores: np.ndarray) -> tuple[str, ...]:
-        if not self.selector.branches:
-            return ()
-        self.progress("trying whole branches", None)
+    def _choose_shape(self, part: Part, scores: np.ndarray) -> tuple[str, ...]:
+        """Choose by trial how much dearer the last units of a layer are, and in the first round which branches go.
 
+        Each exponent gets branches of its own: which of them pay depends on what else goes.
+        """
+        settings, branches = self.settings, self.selector.branches if part.first else {}
+        free = settings.crowding is None and settings.metric != "widths"
+        ratios = self.ratios if branches else part.ratios  # branches go at once, all that the budget wants
+        tried: dict[tuple[frozenset[int], tuple[str, ...]], tuple[bool, float]] = {}
+
+        def judge(names: tuple[str, ...]) -> tuple[bool, float]:
+            selection = self._select(scores, ratios, names)
+            key = selection.removed, names
+            if key not in tried:
+                tried[key] = (False, self._loss_at(selection)) if selection.feasible else (True, selection.predicted)
+            return tried[key]
+
+        self.progress("trying shapes", None)
+        found = []
+        for exponent in EXPONENTS if free else (self.crowding,):
+            self.crowding = exponent
+            names = self._choose_branches(judge) if branches else ()
+            found.append((judge(names) if free else (False, 0.0), exponent, names))
+        chosen = min(found, key=lambda one: one[0])
+        _, self.crowding, names = Group.current().lead(lambda: chosen)
+        return names
+
+    def _choose_branches(self, judge: Callable[[tuple[str, ...]], tuple[bool, float]]) -> tuple[str, ...]:
         harms = self.shared.harms if self.state.shallow is self.whole else {}
 
         def harm(name: str) -> float:
             if name not in harms:
                 harms[name] = self.trial.harm(self.state.small, self.selector.branches[name])
             return harms[name]
-
-        def judge(names: tuple[str, ...]) -> tuple[bool, float]:
-            return self._judged(self._select(scores, self.ratios, names))
 
         return choose_branches(self.selector, self.ratios, harm, judge, TOLERANCE)
 

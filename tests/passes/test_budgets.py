@@ -142,7 +142,7 @@ class PreActivation(nn.Module):
 
 @pytest.mark.parametrize("targets", [False, True])
 def test_branches_that_leave_zero_get_their_mean(targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two",))
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, judge: ("2.two",))
     torch.manual_seed(0)
     body = [PreActivation(16) for _ in range(3)]
     net = nn.Sequential(nn.Conv2d(3, 16, 3), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
@@ -162,7 +162,7 @@ def test_globs_of_what_went_hold_no_later_round_back(monkeypatch: pytest.MonkeyP
     options: dict[str, Any] = {"criterion": "magnitude", "data": data, "epochs": 1, "rounds": 2, "batch_size": 16}
     kept = prune(net, X, budget="macs=0.4", keep=("2.norm",), **options)
     assert "2.two" not in kept.plan.dropped
-    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two",))
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, judge: ("2.two",))
     result = prune(net, X, budget="macs=0.4", cap=("2.one=24",), **options)
     assert result.plan.dropped == ("2.two",)
 
@@ -187,7 +187,7 @@ def test_a_cap_on_what_cannot_be_cut_in_steps() -> None:
 
 def test_out_of_reach_without_branches_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes beside the units of a branch can be more than all that was asked to remain."""
-    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, scores: ("2.two", "3.two"))
+    monkeypatch.setattr(Rounds, "_choose_branches", lambda self, judge: ("2.two", "3.two"))
     data = torch.randn(64, 3, 12, 12)
     result = prune(useless(), X, budget="latency=0.001", criterion="magnitude", data=data)
     assert not result.certificate.feasible

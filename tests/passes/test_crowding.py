@@ -22,7 +22,7 @@ from kfe_fx.cost.steps import LARGEST_SCORE
 from kfe_fx.errors import UsageError
 from kfe_fx.frontend.capture import capture
 from kfe_fx.labels.analysis import Analysis, analyze
-from kfe_fx.passes.crowding import EXPONENTS, choose_exponent, crowded
+from kfe_fx.passes.crowding import EXPONENTS, crowded
 from kfe_fx.passes.prune import PruneResult
 
 WIDTHS = (12, 9, 16, 7)
@@ -114,12 +114,6 @@ def test_equal_layers_stay_nearly_equal() -> None:
         left[exponent] = [len(set(group.units) - removed) for group in net.groups]
     assert max(left[2.0]) <= 1.6 * min(left[2.0])
     assert max(left[0.0]) >= 4 * min(left[0.0])  # every other layer starves
-
-
-def test_the_exponent_that_loses_least() -> None:
-    judged = {1.0: (False, 0.3), 2.0: (False, 0.2), 0.0: (True, 0.1)}
-    assert choose_exponent(judged.__getitem__) == 2.0
-    assert choose_exponent(lambda exponent: (True, 0.5)) == EXPONENTS[0]
 
 
 # in a run ------------------------------------------------------------------------------------------------------------
