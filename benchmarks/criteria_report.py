@@ -26,8 +26,8 @@ OFF = 0.05  # a run this much slower than asked (the peer's: faster) is in the t
 DEFAULT = "fisher"
 WEIGHTS = ("magnitude", "lamp", "fpgm", "bn-scale", "random")
 GRADIENTS = ("taylor", "group-fisher")
-# what has not been run again since rates were chosen
-UNRATED = "Rows without a rate had 1e-4 at 0.5 and 0.3 and 1e-3 at 0.15, the peer's 1e-3 and 3e-3."
+# what has not been run again since exponents of crowding are tried
+OLD = "Where no crowding is told (the exponents that were chosen), kfe-fx chose by plain sums of scores (crowding 0)."
 
 Rows = dict[str, Any]
 Found = dict[str, list[Rows]]
@@ -67,7 +67,7 @@ class Report:
             "# Criteria at equal latency",
             "`python benchmarks/criteria.py`: who is compared, and how, is said at its head. Latency is that of dense; "
             "`after repair` is without any training (the peer's: statistics re-estimated). Means (ranges) over seeds."
-            + (f" {UNRATED}" if any("rate" not in row and "failed" not in row for row in self.runs.values()) else ""),
+            + (f" {OLD}" if any(_plain(key, row) for key, row in self.runs.items()) else ""),
             self.marks(),
             self.goals(),
             self.kinds(),
@@ -200,18 +200,19 @@ class Report:
         where = "; ".join(f"{name}: seeds {', '.join(sorted(each))}" for name, each in sorted(seeds.items()))
         lines = [
             f"### {net} at {budget:g} of its latency (dense {self.dense.get(net, math.nan):.2f} %)\n\n{where}\n",
-            "| chosen by | seeds | latency | MACs | after removal | after repair | rates | fine-tuned | CPU s |",
-            "|---" * 9 + "|",
+            "| chosen by | seeds | latency | MACs | crowding | after removal | after repair | rates | fine-tuned "
+            "| CPU s |",
+            "|---" * 10 + "|",
         ]
         for method in sorted(found, key=lambda name: -_mean(found[name], "fine-tuned")):
             each = found[method]
             removed, repaired, tuned = (_spread([row[when] for row in each]) for when in WHEN)
-            rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in each if "rate" in row}))
+            rates, crowding = _listed(each, "rate"), _listed(each, "crowding")
             peer = " (Torch-Pruning)" if method in PEERS else ""
             macs = f"{_mean(each, 'macs'):.3f}" if "macs" in each[0] else ""
             timed = [row for row in each if "cpu s" in row]  # those that scored
             cpu = f"{_mean(timed, 'cpu s'):.0f}" if timed else ""
-            chosen = f"{method}{peer} | {len(each)} | {_mean(each, 'latency'):.3f} | {macs}"
+            chosen = f"{method}{peer} | {len(each)} | {_mean(each, 'latency'):.3f} | {macs} | {crowding}"
             lines.append(f"| {chosen} | {removed} | {repaired} | {rates} | {tuned} | {cpu} |")
         return "\n".join(lines)
 
@@ -247,6 +248,15 @@ class Report:
             axis.set(title=net, xlabel="after repair, %", ylabel="fine-tuned, %")
             axis.legend(fontsize=6)
         figure.savefig(place)
+
+
+def _plain(key: str, row: Rows) -> bool:
+    """Tell whether a criterion of ours chose before crowding was known."""
+    return "failed" not in row and "crowding" not in row and " ".join(key.split()[2:-1]) not in PEERS
+
+
+def _listed(runs: list[Rows], name: str) -> str:
+    return ", ".join(f"{value:g}" for value in sorted({row[name] for row in runs if name in row}))
 
 
 def _section(title: str, head: str, lines: list[str]) -> str:

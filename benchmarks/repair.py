@@ -18,6 +18,7 @@ import kfe_fx
 from kfe_fx.models.tasks import GLYPHS
 from kfe_fx.passes.reconstruct import Reconstruct
 from kfe_fx.passes.reestimate_statistics import ReestimateStatistics
+from kfe_fx.passes.shrink import Shrink
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 NETS = ("glyphs_resnet", "glyphs_mobilenet", "glyphs_vit")
@@ -44,8 +45,8 @@ def main() -> None:
         program = kfe_fx.load(MODELS / f"{name}.pt")
         for budget in args.budgets:
             options = {"budget": budget, "metric": "macs", "multiple_of": 8, "depth": False}
-            result = kfe_fx.prune(program, data=data, epochs=0, repair="none", **options)
-            bare = result.program
+            result = kfe_fx.prune(program, data=data, epochs=0, **options)
+            bare = Shrink(result.plan).run(program).program
             fresh = ReestimateStatistics(data).run(bare).program
             started = time.process_time()
             fitted = Reconstruct(program, result.plan, data).run(bare).program

@@ -376,30 +376,31 @@ class Rounds:
         return cut, max(error, cut.error)
 
     def _choose_shape(self, part: Part, scores: np.ndarray) -> tuple[str, ...]:
-        """Choose by trial how much dearer the last units of a layer are, and in the first round which branches go.
+        """Choose by trial which branches go, in the first round, and how much dearer the last units of a layer are."""
+        free = self.settings.crowding is None and self.settings.metric != "widths"
+        losses: dict[tuple[frozenset[int], tuple[str, ...]], float] = {}
 
-        Each exponent gets branches of its own: which of them pay depends on what else goes.
-        """
-        settings, branches = self.settings, self.selector.branches if part.first else {}
-        free = settings.crowding is None and settings.metric != "widths"
-        ratios = self.ratios if branches else part.ratios  # branches go at once, all that the budget wants
-        tried: dict[tuple[frozenset[int], tuple[str, ...]], tuple[bool, float]] = {}
-
-        def judge(names: tuple[str, ...]) -> tuple[bool, float]:
+        def judge(names: tuple[str, ...], ratios: dict[str, float]) -> tuple[bool, float]:
             selection = self._select(scores, ratios, names)
+            if not selection.feasible:
+                return True, selection.predicted
             key = selection.removed, names
-            if key not in tried:
-                tried[key] = (False, self._loss_at(selection)) if selection.feasible else (True, selection.predicted)
-            return tried[key]
+            if key not in losses:
+                losses[key] = self._loss_at(selection)
+            return False, losses[key]
 
-        self.progress("trying shapes", None)
-        found = []
-        for exponent in EXPONENTS if free else (self.crowding,):
+        def weighed(exponent: float) -> tuple[bool, float]:
             self.crowding = exponent
-            names = self._choose_branches(judge) if branches else ()
-            found.append((judge(names) if free else (False, 0.0), exponent, names))
-        chosen = min(found, key=lambda one: one[0])
-        _, self.crowding, names = Group.current().lead(lambda: chosen)
+            return judge(names, part.ratios)
+
+        names: tuple[str, ...] = ()
+        if part.first and self.selector.branches:
+            self.progress("trying whole branches", None)
+            names = self._choose_branches(lambda names: judge(names, self.ratios))
+        if free:
+            self.progress("trying shapes", None)
+            chosen = min(EXPONENTS, key=weighed)
+            self.crowding = Group.current().lead(lambda: chosen)
         return names
 
     def _choose_branches(self, judge: Callable[[tuple[str, ...]], tuple[bool, float]]) -> tuple[str, ...]:
